@@ -1,0 +1,69 @@
+"""SwiGLU MLPs: the dense one, and the routed experts with stacked weights. Letters: D model dim, F hidden dim, E experts,
+e local experts, R rows."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from kernels.grouped_gemm import grouped_gemm
+
+
+def cast(weight: Tensor, like: Tensor) -> Tensor:
+    """A float32 parameter in the dtype of the activations (no-op under FSDP2, which casts when it gathers)."""
+    return weight.to(like.dtype)
+
+
+class Linear(nn.Linear):
+    """y = x W^T without bias, W kept in float32 and used in the dtype of x."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, cast(self.weight, input))
+
+
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x), with w1 and w3 stacked in w13 [2F, D]; the dense MLP and the shared experts."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.w13 = Linear(dim, 2 * hidden_dim)
+        self.w2 = Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up)
+
+
+class Experts(nn.Module):
+    """Routed experts: w13 [E, 2F, D], w2 [E, D, F]; DTensors Shard(0) over the ep mesh when there is one."""
+
+    def __init__(self, num_experts: int, dim: int, hidden_dim: int, ep_mesh: DeviceMesh | None):
+        super().__init__()
+        self.w13 = self._sharded(torch.empty(num_experts, 2 * hidden_dim, dim), ep_mesh)
+        self.w2 = self._sharded(torch.empty(num_experts, dim, hidden_dim), ep_mesh)
+
+    @staticmethod
+    def _sharded(full: Tensor, mesh: DeviceMesh | None) -> nn.Parameter:
+        # Only the shape and device of `full` matter: initialisation fills each expert from its own seed.
+        if mesh is None:
+            return nn.Parameter(full)
+        rows = full.shape[0] // mesh.size()
+        local = full[:rows].clone()
+        return nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)], run_check=False))
+
+    def forward(self, rows_RD: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
+        """rows_RD sorted by local expert -> rows_RD, same order."""
+        w13, w2 = (cast(local_tensor(weight), rows_RD) for weight in (self.w13, self.w2))
+        gate, up = grouped_gemm(rows_RD, w13, tokens_per_expert_e).chunk(2, dim=-1)
+        return grouped_gemm(F.silu(gate) * up, w2, tokens_per_expert_e)
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor (differentiable); a plain tensor is its own part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,129 @@
+"""The mesh of ranks, and the few collectives that everyone else calls.
+
+dp = all data-parallel ranks; ep divides dp: the ranks that share one copy of the experts; edp = dp / ep: the copies.
+Rank r has ep coordinate r % ep, so that an ep group is made of neighbours.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from moe.balance.stats import RouterStats, flatten, unflatten
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands. Groups are None where they would have one member."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    dp_group: dist.ProcessGroup | None = None
+    ep_group: dist.ProcessGroup | None = None
+    edp_group: dist.ProcessGroup | None = None
+    ep_mesh: DeviceMesh | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """The rank that writes files and prints."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks (a new tensor)."""
+        return _all_reduce(tensor, self.dp_group)
+
+    def sum_over_ep(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks that share the experts (a new tensor)."""
+        return _all_reduce(tensor, self.ep_group)
+
+    def sum_balance_stats(self, stats: RouterStats, stop: bool = False) -> tuple[RouterStats, bool]:
+        """The statistics of the global batch: one int64 all-reduce for all layers; the stop flag rides along."""
+        if self.dp_group is None:
+            return stats, stop
+        flag = torch.tensor([int(stop)], dtype=torch.int64, device=stats.tokens.device)
+        flat = _all_reduce(torch.cat([flatten(stats), flag]), self.dp_group)
+        return unflatten(flat[:-1], stats), bool(flat[-1].item())  # sync: the stop flag, once a step
+
+    def broadcast_object(self, value: object) -> object:
+        """Rank 0's value, on all ranks."""
+        box = [value]
+        if self.dp_group is not None:
+            dist.broadcast_object_list(box, src=0, group=self.dp_group)
+        return box[0]
+
+    def gather_objects(self, value: object) -> list:
+        """Every rank's value, on every rank."""
+        if self.dp_group is None:
+            return [value]
+        box: list = [None] * self.world_size
+        dist.all_gather_object(box, value, group=self.dp_group)
+        return box
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.dp_group is not None:
+            dist.barrier(group=self.dp_group)
+
+
+def _all_reduce(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    tensor = tensor.clone()
+    if group is not None:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def join_ranks(timeout_s: float = 600.0) -> tuple[int, int, torch.device]:
+    """Join the processes that torchrun started: (rank, world size, device). Alone, without torchrun: (0, 1, device)."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1 and not dist.is_initialized():
+        # Both backends: objects and checkpoints travel over gloo, tensors of the device over NCCL.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    return rank, world_size, device
+
+
+def build_ranks(rank: int, world_size: int, device: torch.device, ep: int) -> Ranks:
+    """The groups of the (dp, ep) layout. Every rank must call it: groups are made by all ranks together."""
+    if world_size == 1:
+        return Ranks(rank, world_size, device)
+    mesh = init_device_mesh(device.type, (world_size // ep, ep), mesh_dim_names=("edp", "ep"))
+    return Ranks(
+        rank,
+        world_size,
+        device,
+        dp_group=dist.group.WORLD,
+        ep_group=mesh["ep"].get_group() if ep > 1 else None,
+        edp_group=mesh["edp"].get_group() if ep < world_size else None,
+        ep_mesh=mesh["ep"] if ep > 1 else None,
+    )
+
+
+class _AllToAllRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.receive, ctx.send, ctx.group = receive, send, group
+        received = rows.new_empty(sum(receive), *rows.shape[1:])
+        dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        back = grad.new_empty(sum(ctx.send), *grad.shape[1:])
+        dist.all_to_all_single(back, grad.contiguous(), ctx.send, ctx.receive, group=ctx.group)
+        return back, None, None, None
+
+
+def all_to_all_rows(rows_RD: Tensor, receive: Sequence[int], send: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """Rows in blocks of send[rank] -> rows in blocks of receive[rank]; differentiable, any dtype, empty blocks allowed."""
+    return _AllToAllRows.apply(rows_RD, list(receive), list(send), group)
