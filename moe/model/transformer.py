@@ -1,0 +1,157 @@
+"""The decoder-only transformer. Letters: B batch, S sequence, T = B*S tokens, D model dim, L MoE layers, E experts."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from moe.balance.stats import RouterStats, stack, zeros
+from moe.config import Config
+from moe.model.attention import Attention, Positions, positions
+from moe.model.experts import SwiGLU
+from moe.model.layer import MoELayer
+from moe.model.loss import IGNORED, chunked_cross_entropy
+from moe.model.router import Router, RouterLosses
+from moe.parallel import Ranks
+
+
+class Output(NamedTuple):
+    """Differentiable float32 scalars, each a sum over the real tokens of the batch, apart from the detached integer
+    statistics (tokens_L, tokens_per_expert_LE)."""
+
+    ce: Tensor
+    aux: Tensor
+    z: Tensor
+    stats: RouterStats
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, float32 inside (arXiv:1910.07467)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + mlp(norm x); the MLP is dense or sparse."""
+
+    def __init__(self, config: Config, ranks: Ranks, is_moe: bool):
+        super().__init__()
+        m = config.model
+        self.attention_norm = RMSNorm(m.dim, m.norm_eps)
+        self.attention = Attention(m)
+        self.mlp_norm = RMSNorm(m.dim, m.norm_eps)
+        self.moe = MoELayer(config, ranks) if is_moe else None
+        dense_dim = m.dense_hidden_dim or (m.top_k + m.num_shared_experts) * m.expert_hidden_dim
+        self.mlp = None if is_moe else SwiGLU(m.dim, dense_dim)
+
+    def forward(
+        self, x_BSD: Tensor, where: Positions, mask_T: Tensor | None
+    ) -> tuple[Tensor, RouterStats | None, RouterLosses | None]:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), where)
+        h_BSD = self.mlp_norm(x_BSD)
+        if self.mlp is not None:
+            return x_BSD + self.mlp(h_BSD), None, None
+        assert self.moe is not None, "a block has either a dense or a sparse MLP"
+        out_TD, stats, losses = self.moe(h_BSD.flatten(0, 1), mask_T)
+        return x_BSD + out_TD.view_as(x_BSD), stats, losses
+
+
+class Transformer(nn.Module):
+    """DeepSeekMoE (arXiv:2401.06066): pre-norm blocks, the first `first_k_dense` dense, the others sparse.
+
+    eos_id: id of the end-of-document token; None: plain causal attention.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, eos_id: int | None = None):
+        super().__init__()
+        m = config.model
+        self.config, self.eos_id = config, eos_id if config.data.document_mask else None
+        self.compute_dtype = torch.bfloat16 if config.train.compute_dtype == "bfloat16" else torch.float32
+        self.embedding = nn.Embedding(m.vocab_size, m.dim)
+        self.blocks = nn.ModuleList(Block(config, ranks, layer >= m.first_k_dense) for layer in range(m.num_layers))
+        self.norm = RMSNorm(m.dim, m.norm_eps)
+        self.head = None if m.tie_embeddings else nn.Linear(m.dim, m.vocab_size, bias=False)
+
+    @property
+    def routers(self) -> dict[int, Router]:
+        """Routers by global layer index."""
+        return {layer: block.moe.router for layer, block in enumerate(self.blocks) if block.moe is not None}
+
+    def forward(self, tokens_BS: Tensor, targets_BS: Tensor, padded: bool = False) -> Output:
+        """tokens_BS, targets_BS int64; padded: some targets are IGNORED, and those positions are no load either."""
+        targets_T = targets_BS.reshape(-1)
+        mask_T = targets_T != IGNORED if padded else None
+        where = positions(tokens_BS, self.config.model, self.eos_id)
+        x_BSD = self.embedding(tokens_BS).to(self.compute_dtype)
+        stats, losses = [], []
+        for block in self.blocks:
+            x_BSD, layer_stats, layer_losses = self._run(block, x_BSD, where, mask_T)
+            if layer_stats is not None:
+                stats.append(layer_stats)
+                losses.append(layer_losses)
+        head = self.embedding if self.head is None else self.head
+        ce = chunked_cross_entropy(self.norm(x_BSD).flatten(0, 1), head.weight, targets_T, self.config.train.loss_chunk)
+        aux, z = (torch.stack(terms).sum() for terms in zip(*losses, strict=True)) if losses else (ce * 0, ce * 0)
+        return Output(ce, aux, z, stack(stats) if stats else zeros(0, self.config.model.num_experts, x_BSD.device))
+
+    def _run(self, block: nn.Module, *args):
+        mode = self.config.train.activation_checkpointing
+        if mode == "none" or not (self.training and torch.is_grad_enabled()):
+            return block(*args)
+        if mode == "full":
+            return checkpoint(block, *args, use_reentrant=False)
+        keep = partial(create_selective_checkpoint_contexts, _keep_expensive)
+        return checkpoint(block, *args, use_reentrant=False, context_fn=keep)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Normal weights of std `init_std`, norms 1, bias 0. Every parameter, and every expert of a stacked one, has a
+        generator of its own: the values depend neither on the layout of the ranks nor on the device."""
+        m = self.config.model
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0)
+                continue
+            residual = m.scale_residual_init and name.endswith(("wo.weight", "w2", "w2.weight"))
+            std = m.init_std / math.sqrt(2 * m.num_layers) if residual else m.init_std
+            if ".experts." not in name:
+                _fill_normal(parameter, std, f"{seed}/{name}")
+                continue
+            local, first = parameter.data, 0
+            if isinstance(local, DTensor):
+                first = local.device_mesh.get_local_rank() * local.to_local().shape[0]
+                local = local.to_local()
+            for index, expert in enumerate(local):
+                _fill_normal(expert, std, f"{seed}/{name}/{first + index}")
+        for router in self.routers.values():
+            router.expert_bias_E.zero_()
+
+
+def _fill_normal(tensor: Tensor, std: float, key: str) -> None:
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
+    generator = torch.Generator().manual_seed(seed)
+    tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)
+
+
+_EXPENSIVE = {"mm", "bmm", "addmm", "_grouped_mm", "topk", "sort"}
+
+
+def _keep_expensive(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    # Matrix products, attention and the routing decision are kept; norms, activations and gathers are recomputed.
+    name = getattr(op, "overloadpacket", op).__name__
+    keep = name in _EXPENSIVE or "attention" in name
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
