@@ -1,0 +1,128 @@
+"""What the machine is asked and told: determinism, peak rate, memory, signals, the profiler."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from moe.parallel import Ranks
+
+
+def set_deterministic() -> list[str]:
+    """Bitwise reproducible kernels; returns the flags it set, in words. Must run before the first CUDA matrix product."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    return [
+        f"CUBLAS_WORKSPACE_CONFIG={os.environ['CUBLAS_WORKSPACE_CONFIG']}",
+        "torch.use_deterministic_algorithms(True)",
+        "torch.backends.cudnn.benchmark=False",
+        "torch.backends.cuda.matmul.allow_tf32=False",
+        "torch.utils.deterministic.fill_uninitialized_memory=True",
+    ]
+
+
+def measured_peak_tflops(dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """TFLOP/s of a square matrix product on this process's threads: the peak that MFU on a CPU is measured against."""
+    a, b = (torch.randn(1024, 1024, dtype=torch.float32).to(dtype) for _ in range(2))
+    best, until = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best / 1e12
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Highest memory of this process so far: allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+
+
+class StopSignal:
+    """Remembers SIGTERM, SIGUSR1 and SIGINT; the loop asks once a step, so that all ranks stop at the same step."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.name = signal.Signals(number).name
+
+    @property
+    def requested(self) -> bool:
+        """Has one arrived at this rank?"""
+        return self.name is not None
+
+
+class Clock:
+    """Seconds of whole steps and of the balancing machinery inside them, since the last `take`."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.step_s = self.balance_s = 0.0
+        self.steps = 0
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """One optimizer step."""
+        start = time.perf_counter()
+        yield
+        self.step_s += time.perf_counter() - start
+        self.steps += 1
+
+    @contextmanager
+    def balance(self) -> Iterator[None]:
+        """Statistics, their all-reduce, the bias step, metrics. Includes the wait for the slowest rank."""
+        start = time.perf_counter()
+        yield
+        self.balance_s += time.perf_counter() - start
+
+    def take(self) -> tuple[int, float, float]:
+        """(steps, their seconds, seconds of balancing), and start again."""
+        taken = self.steps, self.step_s, self.balance_s
+        self.steps, self.step_s, self.balance_s = 0, 0.0, 0.0
+        return taken
+
+
+class Profiler:
+    """A trace of steps 6 to 8 (and on CUDA a memory snapshot) under `<run>/profile`, one file a rank."""
+
+    FIRST, LAST = 5, 7  # from 0: the first steps compile, allocate and connect
+
+    def __init__(self, enabled: bool, run_dir: Path, ranks: Ranks):
+        self.folder, self.ranks = run_dir / "profile", ranks
+        self.profile = None
+        if enabled:
+            self.folder.mkdir(exist_ok=True)
+            cuda = ranks.device.type == "cuda"
+            activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
+            self.profile = torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True)
+
+    def before(self, step: int) -> None:
+        """Start at the first profiled step."""
+        if self.profile is not None and step == self.FIRST:
+            if self.ranks.device.type == "cuda":
+                torch.cuda.memory._record_memory_history()
+            self.profile.start()
+
+    def after(self, step: int) -> None:
+        """Write the files after the last profiled step."""
+        if self.profile is not None and step == self.LAST:
+            self.profile.stop()
+            self.profile.export_chrome_trace(str(self.folder / f"trace-rank{self.ranks.rank}.json.gz"))
+            if self.ranks.device.type == "cuda":
+                torch.cuda.memory._dump_snapshot(str(self.folder / f"memory-rank{self.ranks.rank}.pickle"))
+                torch.cuda.memory._record_memory_history(enabled=None)
+            self.profile = None

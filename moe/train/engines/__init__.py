@@ -1,0 +1,63 @@
+"""What the training loop asks of an engine, and how one is built. The loop never asks which engine it has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from moe.balance.stats import RouterStats
+from moe.config import Config
+from moe.model.transformer import Transformer
+from moe.parallel import Ranks
+from moe.train.data import Batch
+
+
+class StepOutput(NamedTuple):
+    """Of one optimizer step on this rank: losses_3 = sums of (ce, aux, z) over its real tokens, float32, on device;
+    tokens = real tokens of the step over ALL ranks, int64; stats = summed over this rank's micro-batches."""
+
+    losses_3: Tensor
+    tokens: Tensor
+    stats: RouterStats
+
+
+class StepResult(NamedTuple):
+    """grad_norm: true global norm before clipping; applied: False when it was not finite and nothing was changed."""
+
+    grad_norm: float
+    applied: bool
+
+
+class Engine(Protocol):
+    """Runs the model: the loss it minimises is the sum over real tokens / real tokens of the step over all ranks."""
+
+    model: Transformer
+
+    def forward_backward(self, micro_batches: Sequence[Batch]) -> StepOutput:
+        """Gradients of one optimizer step, ready in every rank when it returns."""
+        ...
+
+    def step(self) -> StepResult:
+        """Clip, update, clear the gradients; skip the update when the gradient is not finite."""
+        ...
+
+    def set_lr(self, lr: float) -> None:
+        """Learning rate of the next step."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sharded model and optimizer state for torch.distributed.checkpoint."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a loaded state in."""
+        ...
+
+
+def build_engine(config: Config, ranks: Ranks, eos_id: int) -> Engine:
+    """The engine of `train.engine` with freshly initialised weights."""
+    from moe.train.engines.native import NativeEngine
+
+    return NativeEngine(config, ranks, eos_id)

@@ -1,0 +1,127 @@
+"""The native engine: torch alone. Non-expert parameters are replicated over dp (DDP), experts sharded over ep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+from moe.balance import stats as router_stats
+from moe.config import Config
+from moe.model.experts import local_tensor
+from moe.model.loss import IGNORED
+from moe.model.transformer import Output, Transformer
+from moe.parallel import Ranks
+from moe.train.data import Batch
+from moe.train.engines import StepOutput, StepResult
+from moe.train.optim import build_optimizer
+
+
+class NativeEngine:
+    """See `moe.train.engines.Engine`."""
+
+    def __init__(self, config: Config, ranks: Ranks, eos_id: int):
+        self.config, self.ranks = config, ranks
+        self.model = Transformer(config, ranks, eos_id).to(ranks.device)
+        self.model.init_weights(config.run.seed)
+        self.optimizer = build_optimizer(self.model, config.optim)
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        self.expert_parameters = [p for name, p in named if ".experts." in name]
+        self.dense_parameters = [p for name, p in named if ".experts." not in name]
+        self.replicated = self._replicate()
+
+    def _replicate(self) -> DistributedDataParallel | None:
+        if self.ranks.dp_group is None:
+            return None
+        # Experts differ between ranks, and the weights are the same everywhere from their seeds: DDP must neither
+        # broadcast nor reduce them. Buffers are the expert bias, which only the balancer writes.
+        experts = [name for name, _ in self.model.named_parameters() if ".experts." in name]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, experts)
+        replicated = DistributedDataParallel(
+            self.model, process_group=self.ranks.dp_group, broadcast_buffers=False, gradient_as_bucket_view=True, init_sync=False
+        )
+        replicated.register_comm_hook(self.ranks.dp_group, _sum_gradients)
+        return replicated
+
+    def forward_backward(self, micro_batches: Sequence[Batch]) -> StepOutput:
+        device = self.ranks.device
+        real = sum(int((batch.targets_BS != IGNORED).sum()) for batch in micro_batches)  # on host: batches come from there
+        tokens = self.ranks.sum(torch.tensor(real, dtype=torch.int64, device=device))
+        scale = 1.0 / tokens.clamp_min(1)
+        losses_3 = torch.zeros(3, device=device)
+        stats = None
+        for index, batch in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            with nullcontext() if last or self.replicated is None else self.replicated.no_sync():
+                out = self._forward(batch)
+                ((out.ce + out.aux + out.z) * scale).backward()
+            losses_3 += torch.stack([out.ce, out.aux, out.z]).detach()
+            stats = out.stats if stats is None else router_stats.add(stats, out.stats)
+        if self.ranks.edp_group is not None:
+            for parameter in self.expert_parameters:
+                assert parameter.grad is not None, "grouped_gemm gives every expert a gradient"
+                dist.all_reduce(local_tensor(parameter.grad), group=self.ranks.edp_group)
+        assert stats is not None, "a step has at least one micro-batch"
+        return StepOutput(losses_3, tokens, stats)
+
+    def _forward(self, batch: Batch) -> Output:
+        tokens, targets = (t.to(self.ranks.device, non_blocking=True) for t in batch)
+        padded = bool((batch.targets_BS == IGNORED).any())
+        return (self.replicated or self.model)(tokens, targets, padded)
+
+    def _grad_norm(self) -> float:
+        """The global norm, each expert once: experts are summed over ep only (edp ranks hold equal copies)."""
+        total = _sum_of_squares([p.grad for p in self.dense_parameters], self.ranks.device)
+        experts = _sum_of_squares([p.grad for p in self.expert_parameters], self.ranks.device)
+        return math.sqrt(x) if (x := (total + self.ranks.sum_over_ep(experts)).item()) >= 0 else math.nan  # sync: once a step
+
+    def step(self) -> StepResult:
+        norm = self._grad_norm()
+        applied = math.isfinite(norm)
+        if applied:
+            if norm > (limit := self.config.optim.grad_clip):
+                grads = [local_tensor(p.grad) for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
+                torch._foreach_mul_(grads, limit / norm)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return StepResult(norm, applied)
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": get_model_state_dict(self.model),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        set_model_state_dict(self.model, state["model"])
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+
+
+def _sum_of_squares(grads: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    local = [local_tensor(g) for g in grads if g is not None]
+    if not local:
+        return torch.zeros((), device=device, dtype=torch.float64)
+    return torch.stack(torch._foreach_norm(local)).double().square().sum()
+
+
+def _sum_gradients(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    # DDP's own reduction averages; the loss is divided by the tokens of all ranks already.
+    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda future: future.value()[0])

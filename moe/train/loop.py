@@ -1,0 +1,354 @@
+"""The training run of one rank: set up, step, log, evaluate, save. Letters: L MoE layers, E experts."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import xxhash
+
+import moe
+from moe.balance import Balancer, build_balancer
+from moe.config import Config, to_toml
+from moe.model.experts import local_tensor
+from moe.model.transformer import Transformer
+from moe.observe import cost, load
+from moe.observe.sinks import Sinks
+from moe.parallel import Ranks
+from moe.train import checkpoint
+from moe.train.data import Batch, TokenData
+from moe.train.device import Clock, Profiler, StopSignal, measured_peak_tflops, peak_memory_gib, set_deterministic
+from moe.train.engines import Engine, StepOutput, StepResult, build_engine
+from moe.train.evaluate import evaluate
+from moe.train.optim import learning_rate
+
+
+class Outcome(NamedTuple):
+    """How a run ended: the documented exit code and why."""
+
+    code: int
+    reason: str
+
+
+@dataclass
+class Progress:
+    """Where the run stands; in every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    order_hash: str = ""
+    skipped: int = 0
+    skipped_in_row: int = 0
+    wandb_id: str | None = None
+
+
+class Run:
+    """The parts of one run on this rank."""
+
+    def __init__(self, config: Config, ranks: Ranks, run_dir: Path, resume: bool):
+        self.config, self.ranks, self.run_dir = config, ranks, run_dir
+        self.flags = set_deterministic() if config.train.deterministic else []
+        d = config.data
+        self.data = TokenData.open(
+            d.path, d.seq_len, dict(d.mix), config.run.seed, config.model.vocab_size, config.train.batch_size
+        )
+        self.engine: Engine = build_engine(config, ranks, self.data.eos_id)
+        self.routers = self.engine.model.routers
+        layers, experts = list(self.routers), config.model.num_experts
+        self.balancer: Balancer = build_balancer(config.balance, layers, experts).to(ranks.device)
+        self.tracker = load.LoadTracker(layers, experts, config.model.top_k, config.parallel.ep, ranks.device)
+        self.init_hash = weights_hash(self.engine.model, ranks)
+        self.progress = Progress()
+        if resume:
+            self.restore()
+        self.peak_tflops = self._peak()
+        self.clock = Clock(ranks.device)
+        self.losses_3 = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+        self.loss_tokens = torch.zeros((), dtype=torch.int64, device=ranks.device)
+        self.val_ce: float | None = None
+
+        self.sinks = Sinks(run_dir, config, self.describe(), resume, self.progress.wandb_id, enabled=ranks.is_main)
+        self.progress.wandb_id = ranks.broadcast_object(self.sinks.wandb_id)  # type: ignore[assignment]
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def micro_batches(self) -> list[Batch]:
+        """This rank's share of the next optimizer step."""
+        t = self.config.train
+        per_rank = t.batch_size // self.ranks.world_size
+        micro = t.micro_batch_size or per_rank
+        first = self.ranks.rank * per_rank
+        return [self.data.train_batch(self.progress.step, first + i, micro) for i in range(0, per_rank, micro)]
+
+    def train_step(self, stop_requested: bool) -> tuple[StepResult, bool]:
+        """One optimizer step in the order things happen; returns what was done and whether any rank asks to stop."""
+        c = self.config
+        self.engine.set_lr(learning_rate(c.optim, c.train.steps, self.progress.step))
+        out = self.engine.forward_backward(self.micro_batches())
+        done = self.engine.step()
+        with self.clock.balance():
+            stats, stop = self.ranks.sum_balance_stats(out.stats, stop_requested)
+            if done.applied:
+                before_LE = self.balancer.bias_LE
+                self.balancer.step(stats)  # from batch n the bias of batch n + 1
+                self.balancer.publish(list(self.routers.values()))
+                self.tracker.update(stats.tokens_per_expert, stats.tokens, before_LE, self.balancer.bias_LE)
+        self.advance(out, done)
+        return done, stop
+
+    def advance(self, out: StepOutput, done: StepResult) -> None:
+        """Count the step."""
+        p = self.progress
+        p.order_hash = self.data.order_hash(p.order_hash, p.step)
+        p.step += 1
+        p.skipped += not done.applied
+        p.skipped_in_row = 0 if done.applied else p.skipped_in_row + 1
+        if done.applied:
+            self.losses_3 += out.losses_3
+            self.loss_tokens += out.tokens
+        p.tokens = p.step * self.config.tokens_per_step
+
+    # -- logging -------------------------------------------------------------------------------------------------------
+
+    def log(self, done: StepResult) -> None:
+        """One logged line: means over the steps since the last one."""
+        with self.clock.balance():
+            metrics: dict[str, float] = self.tracker.metrics(self.balancer.bias_LE)
+        losses = (self.ranks.sum(self.losses_3) / self.loss_tokens.clamp_min(1)).tolist()
+        self.losses_3.zero_()
+        self.loss_tokens.zero_()
+        steps, seconds, balance_seconds = self.clock.take()
+        tokens_per_s = steps * self.config.tokens_per_step / seconds
+        flops = cost.flops_per_token(self.config)
+        memory = max(self.ranks.gather_objects(peak_memory_gib(self.ranks.device)))
+        p = self.progress
+        metrics |= {
+            "train/step": p.step,
+            "train/tokens": p.tokens,
+            "loss/total": sum(losses),
+            "loss/ce": losses[0],
+            "loss/aux": losses[1],
+            "loss/z": losses[2],
+            "optim/lr": learning_rate(self.config.optim, self.config.train.steps, p.step - 1),
+            "optim/grad_norm": done.grad_norm,
+            "optim/skipped_steps": p.skipped,
+            "speed/tokens_per_s": tokens_per_s,
+            "speed/step_s": seconds / steps,
+            "speed/balance_share": balance_seconds / seconds,
+            "speed/tflops": tokens_per_s * flops / 1e12,
+            "speed/mfu": cost.mfu(tokens_per_s, flops, self.peak_tflops),
+            "memory/peak_gib": memory,
+        }
+        self.sinks.write(p.step, metrics)
+
+    def evaluate(self) -> None:
+        """Held-out loss and load, the bias frozen."""
+        e, ranks = self.config.evaluate, self.ranks
+        batches = self.data.val_batches(e.batch_size, ranks.rank, ranks.world_size, e.max_tokens)
+        found = evaluate(self.engine.model, batches, ranks)
+        self.val_ce = found.ce
+        metrics = {
+            "train/step": self.progress.step,
+            "train/tokens": self.progress.tokens,
+            "val/ce": found.ce,
+            "val/bits_per_byte": found.ce / self.data.bytes_per_token_val / 0.6931471805599453,
+            "val/tokens": found.tokens,
+        }
+        counts_LE = found.tokens_per_expert_LE
+        metrics |= self.tracker.val_metrics(counts_LE, found.tokens) if len(counts_LE) else {}
+        self.sinks.write(self.progress.step, metrics)
+
+    def describe(self) -> dict[str, Any]:
+        """What the start-up block and run.json say."""
+        return {
+            "parameters_total": cost.parameter_counts(self.config).total,
+            "parameters_active": cost.parameter_counts(self.config).active,
+            "flops_per_token": cost.flops_per_token(self.config),
+            "peak_tflops": self.peak_tflops,
+            "world_size": self.ranks.world_size,
+            "device": device_name(self.ranks.device),
+            "data_hash": self.data.fingerprint,
+            "init_hash": self.init_hash,
+            "start_step": self.progress.step,
+            "run_dir": str(self.run_dir),
+            "deterministic_flags": self.flags,
+        }
+
+    def _peak(self) -> float:
+        c, device = self.config, self.ranks.device
+        known = c.observe.peak_tflops or (cost.device_peak_tflops(device_name(device)) if device.type == "cuda" else None)
+        if known is None:
+            dtype = torch.bfloat16 if c.train.compute_dtype == "bfloat16" else torch.float32
+            self.ranks.barrier()  # all ranks measure together: they share the cores, as in training
+            return sum(self.ranks.gather_objects(measured_peak_tflops(dtype)))
+        return known * self.ranks.world_size
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def checkpoints(self) -> Path:
+        """Their folder."""
+        return self.run_dir / "checkpoints"
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next step depends on and that is a tensor."""
+        return {
+            "engine": self.engine.state_dict(),
+            "balancer": self.balancer.state_dict(),
+            "tracker": self.tracker.state_dict(),
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run may not change; steps, learning rates, logging and the layout of the ranks may."""
+        c = self.config
+        return {
+            "model": c.model.model_dump(),
+            "balance.method": c.balance.method,
+            "run.seed": c.run.seed,
+            "train.batch_size": c.train.batch_size,
+            "data": self.data.fingerprint,
+        }
+
+    def save(self) -> None:
+        """A checkpoint of this step, unless there is one."""
+        trainer = {"progress": asdict(self.progress), "identity": self.identity(), "init_hash": self.init_hash}
+        path = checkpoint.save(
+            self.checkpoints, self.progress.step, self.state(), trainer, self.ranks, self.config.checkpoint.keep
+        )
+        if self.ranks.is_main:
+            self.tracker.write_npz(self.run_dir / "loads.npz")
+            self.sinks.event("save", step=self.progress.step, checkpoint=path.name)
+
+    def restore(self) -> None:
+        """Continue from the newest whole checkpoint. Raises CheckpointError with nothing changed when it does not fit."""
+        warnings: list[str] = []
+        path, trainer = checkpoint.find(self.checkpoints, self.ranks, warnings.append)
+        for warning in warnings:
+            print(f"warning: {warning}", flush=True)
+        saved, own = trainer["identity"], self.identity()
+        for key in own:
+            if saved[key] != own[key]:
+                if key == "model":
+                    key = next(f"model.{k}" for k in own["model"] if own["model"][k] != saved["model"].get(k))
+                    was, now = saved["model"].get(key[6:]), own["model"][key[6:]]
+                else:
+                    was, now = saved[key], own[key]
+                raise checkpoint.CheckpointError(
+                    f"{key} = {now!r} differs from {was!r} of checkpoint {path.name}: set it back, or start a new run.name"
+                )
+        state = self.state()
+        checkpoint.load(path, state, self.ranks)
+        self.engine.load_state_dict(state["engine"])
+        self.balancer.load_state_dict(state["balancer"])
+        self.balancer.publish(list(self.routers.values()))
+        self.tracker.load_state_dict(state["tracker"])
+        self.tracker.read_npz(self.run_dir / "loads.npz", trainer["progress"]["step"])
+        self.progress = Progress(**trainer["progress"])
+
+
+def train(config: Config, ranks: Ranks, run_dir: Path, resume: bool) -> Outcome:
+    """Train to the end, to a signal or to the loss guard. Raises DataError and CheckpointError before the first step."""
+    signals = StopSignal()
+    if ranks.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    ranks.barrier()
+    run = Run(config, ranks, run_dir, resume)
+    if ranks.is_main:
+        (run_dir / "config.toml").write_text(to_toml(config))
+        (run_dir / "run.json").write_text(json.dumps({"run_id": uuid.uuid4().hex, **provenance(), **run.describe()}, indent=1))
+        run.sinks.event("resume" if resume else "start", step=run.progress.step)
+    outcome = run_steps(run, signals)
+    run.sinks.finish(summary(run, outcome))
+    return outcome
+
+
+def run_steps(run: Run, signals: StopSignal) -> Outcome:
+    """All steps that are left, the evaluations and checkpoints between them, and those at the end."""
+    c, p = run.config, run.progress
+    profiler = Profiler(c.train.profile, run.run_dir, run.ranks)
+    saved_at = p.step
+    while p.step < c.train.steps:
+        profiler.before(p.step)
+        with run.clock.step():
+            done, stop = run.train_step(signals.requested)
+        profiler.after(p.step - 1)
+        if p.step % c.observe.log_every == 0 or p.step == c.train.steps or not done.applied:
+            run.log(done)
+        if not done.applied:
+            run.sinks.event("skip", step=p.step, grad_norm=str(done.grad_norm))
+        if p.skipped_in_row >= c.train.max_skipped_steps:
+            run.save()
+            return Outcome(
+                4,
+                f"the gradient was not finite in {p.skipped_in_row} steps in a row "
+                f"(train.max_skipped_steps = {c.train.max_skipped_steps}) at step {p.step}: "
+                f"the weights are saved as they were before; lower optim.lr and --resume",
+            )
+        if stop:
+            run.save()
+            return Outcome(75, f"stopped by a signal after step {p.step}; saved: continue with --resume")
+        if c.checkpoint.every and p.step % c.checkpoint.every == 0:
+            run.save()
+            saved_at = p.step
+        if c.evaluate.every and p.step % c.evaluate.every == 0 and p.step < c.train.steps:
+            run.evaluate()
+    if saved_at != c.train.steps:
+        run.save()
+    run.evaluate()
+    return Outcome(0, "done")
+
+
+def summary(run: Run, outcome: Outcome) -> dict[str, Any]:
+    """The table at the end of the run."""
+    late_L = load.late_maxvio(run.tracker.history(), share=0.2)
+    return {
+        "outcome": outcome.reason,
+        "steps": run.progress.step,
+        "tokens": run.progress.tokens,
+        "val/ce": run.val_ce,
+        "skipped_steps": run.progress.skipped,
+        "late_maxvio": {f"layer_{layer:02d}": v for layer, v in zip(run.routers, late_L, strict=True)},
+        "idle_late": load.late_idle(run.tracker.history(), share=0.2),
+        "run_dir": str(run.run_dir),
+    }
+
+
+def provenance() -> dict[str, Any]:
+    """Versions and commit of this run."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(moe.__file__).parent)
+    return {
+        "alf_moe": moe.__version__,
+        "git": git.stdout.strip() or None,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """For the start-up block and the peak table."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def weights_hash(model: Transformer, ranks: Ranks) -> str:
+    """A hash of all weights that does not depend on the layout of the ranks: comparisons are refused when it differs."""
+    parts: dict[str, str] = {}
+    for name, parameter in model.named_parameters():
+        local = local_tensor(parameter.detach()).cpu()
+        if ".experts." in name:
+            first = ranks.rank % (model.config.parallel.ep) * local.shape[0]
+            parts |= {f"{name}/{first + i}": xxhash.xxh3_64_hexdigest(e.numpy()) for i, e in enumerate(local)}
+        else:
+            parts[name] = xxhash.xxh3_64_hexdigest(local.numpy())
+    everything = {key: value for part in ranks.gather_objects(parts) for key, value in part.items()}
+    return xxhash.xxh3_64_hexdigest(json.dumps(everything, sort_keys=True))
