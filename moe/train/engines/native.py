@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -49,9 +50,16 @@ class NativeEngine:
         # broadcast nor reduce them. Buffers are the expert bias, which only the balancer writes.
         experts = [name for name, _ in self.model.named_parameters() if ".experts." in name]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, experts)
-        replicated = DistributedDataParallel(
-            self.model, process_group=self.ranks.dp_group, broadcast_buffers=False, gradient_as_bucket_view=True, init_sync=False
-        )
+        with warnings.catch_warnings():
+            # Its successor, forward_sync_buffers, does not exist in torch 2.11.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+            replicated = DistributedDataParallel(
+                self.model,
+                process_group=self.ranks.dp_group,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                init_sync=False,
+            )
         replicated.register_comm_hook(self.ranks.dp_group, _sum_gradients)
         return replicated
 
@@ -120,8 +128,9 @@ def _sum_of_squares(grads: Sequence[Tensor | None], device: torch.device) -> Ten
     return torch.stack(torch._foreach_norm(local)).double().square().sum()
 
 
-def _sum_gradients(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    # DDP's own reduction averages; the loss is divided by the tokens of all ranks already.
+def _sum_gradients(group, bucket):
+    # DDP's own reduction averages; the loss is divided by the tokens of all ranks already. No annotations: DDP compares
+    # them with its classes, and here they would be strings.
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
     assert work is not None
     return work.get_future().then(lambda future: future.value()[0])
