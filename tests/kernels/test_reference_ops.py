@@ -1,0 +1,120 @@
+"""The torch paths of the kernels against independent formulas, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.combine import combine
+from kernels.grouped_gemm import grouped_gemm, grouped_gemm_reference
+from kernels.permute import count_tokens, permute, sort_by_expert
+from kernels.router_topk import router_topk, topk_lowest_index
+
+
+def rand(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 2, 1), (37, 16, 2), (64, 61, 7), (5, 256, 8), (9, 8, 7)])
+def test_topk_equals_stable_sort_also_with_ties(tokens, experts, top_k):
+    for values in (rand(tokens, experts), (rand(tokens, experts) * 2).round(), torch.zeros(tokens, experts)):
+        expected = values.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+        assert torch.equal(topk_lowest_index(values, top_k), expected)
+
+
+def test_p15_ties_go_to_the_lowest_index_and_minus_zero_is_zero():
+    values = torch.tensor([[0.0, -0.0, 0.0, -1.0], [1.0, 2.0, 2.0, 2.0]])
+    assert topk_lowest_index(values, 2).tolist() == [[0, 1], [1, 2]]
+
+
+@pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
+def test_p40_a_large_bias_changes_the_selection(score_function):
+    logits = rand(32, 8)
+    bias = torch.zeros(8)
+    before = router_topk(logits, bias, 2, score_function).topk_ids_TK
+    bias[3] = 10.0
+    after = router_topk(logits, bias, 2, score_function).topk_ids_TK
+    assert (after[:, 0] == 3).all() and not (before == 3).any(-1).all()
+
+
+@pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
+def test_p10_bias_selects_and_never_weighs(score_function):
+    logits = rand(32, 8).requires_grad_()
+    bias = rand(8, seed=1) * 0.1
+    out = router_topk(logits, bias, 3, score_function, renormalize=False)
+    scores = logits.sigmoid() if score_function == "sigmoid" else logits.softmax(-1)
+    assert torch.equal(out.topk_weights_TK, scores.gather(1, out.topk_ids_TK))
+    shifted = router_topk(logits, bias + 0.5, 3, score_function, renormalize=False)
+    assert torch.equal(out.topk_ids_TK, shifted.topk_ids_TK)
+    assert torch.equal(out.topk_weights_TK, shifted.topk_weights_TK)
+    normed = router_topk(logits, bias, 3, score_function, renormalize=True, scaling=2.5)
+    assert torch.allclose(normed.topk_weights_TK.sum(-1), torch.full((32,), 2.5))
+
+
+def test_p34_renormalisation_of_scores_near_zero_is_finite():
+    logits = torch.full((4, 8), -200.0, requires_grad=True)  # sigmoid underflows to 0
+    out = router_topk(logits, torch.zeros(8), 2, "sigmoid")
+    out.topk_weights_TK.sum().backward()
+    assert torch.isfinite(out.topk_weights_TK).all() and torch.isfinite(logits.grad).all()
+
+
+def test_router_refuses_more_experts_than_there_are():
+    with pytest.raises(ValueError, match="top_k = 9 is more than the 8 experts"):
+        router_topk(rand(4, 8), torch.zeros(8), 9, "sigmoid")
+
+
+def test_p11_masked_tokens_get_no_expert():
+    mask = torch.tensor([True, False, True, True])
+    out = router_topk(rand(4, 8), torch.zeros(8), 2, "sigmoid", token_mask_T=mask)
+    assert (out.topk_ids_TK[1] == -1).all() and (out.topk_weights_TK[1] == 0).all()
+    assert torch.equal(count_tokens(out.topk_ids_TK, 8), count_tokens(out.topk_ids_TK[mask], 8))
+    assert int(count_tokens(out.topk_ids_TK, 8).sum()) == 6
+
+
+def ids_with_holes():
+    ids = torch.tensor([[2, 0], [-1, -1], [0, 1], [2, 3]])
+    return ids, sort_by_expert(ids, 5, masked=True)
+
+
+def test_permutation_is_stable_and_complete():
+    ids, p = ids_with_holes()
+    assert p.counts_E.tolist() == [2, 1, 2, 1, 0]
+    assert ids.reshape(-1)[p.order_R].tolist() == [0, 0, 1, 2, 2, 3]
+    assert p.order_R.tolist() == [1, 4, 5, 0, 6, 7]  # stable within an expert
+    assert p.inverse_TK.tolist() == [[3, 0], [-1, -1], [1, 2], [4, 5]]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_permute_and_combine_against_a_loop_with_gradients(masked):
+    ids = torch.tensor([[2, 0], [1, 3], [0, 1], [2, 3]])
+    if masked:
+        ids[1] = -1
+    p = sort_by_expert(ids, 5, masked)
+    x = rand(4, 6, dtype=torch.float64).requires_grad_()
+    w = rand(4, 2, seed=1).requires_grad_()
+    out = combine(permute(x, p) * 3.0, w, p)
+    upstream = rand(4, 6, seed=2, dtype=torch.float64)
+    out.backward(upstream)
+
+    real = (ids >= 0).double()
+    expected = (w.double() * real).sum(1, keepdim=True) * 3.0 * x
+    gx, gw = torch.autograd.grad(expected, [x, w], upstream)
+    assert torch.allclose(out, expected, atol=1e-6)
+    assert torch.allclose(x.grad, gx, atol=1e-6) and torch.allclose(w.grad, gw.float(), atol=1e-5)
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 9, 0], [9, 0, 0, 0], [0, 0, 0, 0]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_p18_grouped_gemm_with_empty_groups(counts, dtype):
+    tokens = torch.tensor(counts)
+    x = rand(sum(counts), 16, dtype=dtype).requires_grad_()
+    w = rand(4, 8, 16, seed=1, dtype=dtype).requires_grad_()
+    out = grouped_gemm(x, w, tokens)
+    out.float().square().sum().backward()
+    x2, w2 = x.detach().clone().requires_grad_(), w.detach().clone().requires_grad_()
+    expected = grouped_gemm_reference(x2, w2, tokens)
+    expected.float().square().sum().backward()
+    close = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    assert torch.allclose(out, expected, **close)
+    assert torch.allclose(x.grad, x2.grad, **close) and torch.allclose(w.grad, w2.grad, **close)
+    assert w.grad is not None and (w.grad[tokens == 0] == 0).all()
