@@ -1,0 +1,207 @@
+"""Prepared token folders, and the order in which a run reads them.
+
+The order is a pure function of (seed, sample index): it depends neither on the layout of the ranks nor on what was read
+before, so that any position is reached at once. Letters: B batch, S sequence.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from moe.model.loss import IGNORED
+
+FORMAT_VERSION = 1
+BLOCK = 1024  # samples over which the shares of a mix are kept
+
+
+class DataError(ValueError):
+    """Data that cannot be used; its text is one sentence for the user. Exit code 3."""
+
+
+class Batch(NamedTuple):
+    """tokens_BS and targets_BS int64 on the host; a target of IGNORED marks padding."""
+
+    tokens_BS: Tensor
+    targets_BS: Tensor
+
+
+def file_hash(path: Path) -> str:
+    """xxh3 of a file, hexadecimal."""
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """meta.json of a prepared folder, with every file's size and hash checked. Raises DataError."""
+    again = "run `alf-moe prepare` again, after removing the folder if its files are damaged"
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        found = meta["format_version"]
+        files = [meta["tokenizer"]] + [s[split] for s in meta["sources"].values() for split in ("train", "val")]
+    except FileNotFoundError:
+        raise DataError(f"data.path = '{folder}' has no meta.json: {again}, or name a prepared folder") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"data.path = '{folder}': meta.json cannot be read ({type(error).__name__}): {again}") from None
+    if found != FORMAT_VERSION:
+        raise DataError(f"data.path = '{folder}' has format_version {found}, this version reads {FORMAT_VERSION}: {again}")
+    for entry in files:
+        path = folder / entry["file"]
+        if not path.is_file():
+            raise DataError(f"data.path = '{folder}' lacks the file {entry['file']}: {again}")
+        if file_hash(path) != entry["xxh3"]:
+            raise DataError(f"data.path = '{folder}': {entry['file']} was changed since it was prepared: {again}")
+    return meta
+
+
+class TokenData:
+    """The windows of a prepared folder. A window of a source covers S + 1 tokens from w * S; windows share no target."""
+
+    def __init__(self, folder: Path, meta: dict[str, Any], seq_len: int, shares: dict[str, float], seed: int, batch_size: int):
+        dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+        self.seq_len, self.seed, self.batch_size = seq_len, seed, batch_size
+        self.eos_id, self.vocab_size = int(meta["eos_id"]), int(meta["vocab_size"])
+        self.names = list(shares)
+        self._train = [np.memmap(folder / meta["sources"][n]["train"]["file"], dtype, "r") for n in self.names]
+        self._val = [np.memmap(folder / meta["sources"][n]["val"]["file"], dtype, "r") for n in self.names]
+        self._windows = [(len(t) - 1) // seq_len for t in self._train]
+        self.shares = np.array([shares[n] for n in self.names]) / sum(shares.values())
+        self._counts = _largest_remainder(self.shares, BLOCK)
+        val_tokens = sum(len(v) for v in self._val)
+        self.bytes_per_token_val = sum(meta["sources"][n]["val"]["bytes"] for n in self.names) / max(1, val_tokens)
+        hashes = {n: [meta["sources"][n][split]["xxh3"] for split in ("train", "val")] for n in self.names}
+        identity = json.dumps([hashes, seq_len, self._counts.tolist(), meta["tokenizer"]["xxh3"]], sort_keys=True)
+        self.fingerprint = xxhash.xxh3_64_hexdigest(identity)
+
+    @classmethod
+    def open(cls, path: str, seq_len: int, mix: dict[str, float], seed: int, vocab_size: int, batch_size: int) -> TokenData:
+        """Check and open a folder of `alf-moe prepare`. mix: weight per source; empty: by number of tokens.
+
+        Raises DataError: absent, changed or too small files, a vocabulary larger than the model's, unknown sources.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise DataError(f"data.path = '{path}' does not exist: run `alf-moe prepare` or name a prepared folder")
+        meta = read_meta(folder)
+        if meta["vocab_size"] > vocab_size:
+            raise DataError(
+                f"model.vocab_size = {vocab_size} is smaller than the {meta['vocab_size']} entries of data.path = '{path}': "
+                f"set model.vocab_size to at least {meta['vocab_size']}"
+            )
+        sources = meta["sources"]
+        for name in mix:
+            if name not in sources:
+                near = difflib.get_close_matches(name, sources, n=1)
+                hint = f"did you mean data.mix.{near[0]}?" if near else f"its sources are {', '.join(sources)}"
+                raise DataError(f"data.mix.{name} is no source of data.path = '{path}': {hint}")
+        data = cls(folder, meta, seq_len, mix or {n: s["train"]["tokens"] for n, s in sources.items()}, seed, batch_size)
+        for name, windows, val, count in zip(data.names, data._windows, data._val, data._counts, strict=True):
+            if windows < 1 or len(val) < 2:
+                raise DataError(
+                    f"data.seq_len = {seq_len} is too long for source {name} of data.path = '{path}' "
+                    f"({windows} training windows, {len(val)} held-out tokens): shorten data.seq_len or prepare more text"
+                )
+            if count < 1:
+                raise DataError(f"data.mix.{name} is below 1/{BLOCK} of the mix: raise it or leave the source out")
+        if sum(data._windows) < batch_size:
+            raise DataError(
+                f"train.batch_size = {batch_size} is more than the {sum(data._windows)} windows of data.path = '{path}': "
+                "lower train.batch_size or data.seq_len, or prepare more text"
+            )
+        return data
+
+    def sample_ids(self, step: int, first: int = 0, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(source index, window) of samples first ... first + count of optimizer step `step` (from 0)."""
+        count = self.batch_size - first if count is None else count
+        sample = np.arange(count, dtype=np.uint64) + np.uint64(step * self.batch_size + first)
+        block, place = np.divmod(sample, np.uint64(BLOCK))
+        slot = permuted(place, BLOCK, self.seed, block)  # a slot of its block: sources in order, each with its count
+        ends = np.cumsum(self._counts)
+        source = np.searchsorted(ends, slot, side="right")
+        rank = block * self._counts[source].astype(np.uint64) + (slot - (ends - self._counts)[source].astype(np.uint64))
+        window = np.empty_like(rank)
+        for index, windows in enumerate(self._windows):
+            mine = source == index
+            epoch, place = np.divmod(rank[mine], np.uint64(windows))
+            window[mine] = permuted(place, windows, self.seed + 1 + index, epoch)
+        return source, window.astype(np.int64)
+
+    def order_hash(self, previous: str, step: int) -> str:
+        """Rolling hash of the samples read, this step's included; in the checkpoint."""
+        source, window = self.sample_ids(step)
+        return xxhash.xxh3_64_hexdigest(previous.encode() + source.astype("<i8").tobytes() + window.astype("<i8").tobytes())
+
+    def train_batch(self, step: int, first: int, count: int) -> Batch:
+        """Samples first ... first + count of optimizer step `step` (from 0)."""
+        ids = zip(*self.sample_ids(step, first, count), strict=True)
+        rows = [self._train[s][w * self.seq_len : (w + 1) * self.seq_len + 1].astype(np.int64) for s, w in ids]
+        rows_t = torch.from_numpy(np.stack(rows))
+        return Batch(rows_t[:, :-1].contiguous(), rows_t[:, 1:].contiguous())
+
+    def val_batches(self, batch_size: int, rank: int, world_size: int, max_tokens: int | None) -> Iterator[Batch]:
+        """This rank's held-out batches: every rank gets the same number, the last ones padded with IGNORED targets.
+
+        Whole windows until max_tokens are covered; the same windows in every layout.
+        """
+        spans = [(v, w * self.seq_len) for v in self._val for w in range(-(-(len(v) - 1) // self.seq_len))]
+        if max_tokens is not None:
+            # Spread over the held-out text: its beginning alone would be a few documents.
+            keep = min(len(spans), -(-max_tokens // self.seq_len))
+            spans = [spans[i * len(spans) // keep] for i in range(keep)]
+        rounds = -(-len(spans) // (batch_size * world_size))
+        for index in range(rounds):
+            first = (index * world_size + rank) * batch_size
+            yield self._padded([*spans[first : first + batch_size]], batch_size)
+
+    def _padded(self, spans: list[tuple[np.ndarray, int]], batch_size: int) -> Batch:
+        tokens = torch.full((batch_size, self.seq_len), self.eos_id, dtype=torch.int64)
+        targets = torch.full((batch_size, self.seq_len), IGNORED, dtype=torch.int64)
+        for row, (source, start) in enumerate(spans):
+            window = torch.from_numpy(source[start : start + self.seq_len + 1].astype(np.int64))
+            tokens[row, : len(window) - 1] = window[:-1]
+            targets[row, : len(window) - 1] = window[1:]
+        return Batch(tokens, targets)
+
+
+def permuted(index: np.ndarray, size: int, seed: int, epoch: np.ndarray) -> np.ndarray:
+    """A seeded bijection of 0 ... size - 1, another one for each epoch, without a table: a four-round Feistel network on
+    the next even number of bits; results outside are sent through again (cycle walking). uint64 in and out."""
+    half = np.uint64(max(1, -(-max(1, (size - 1).bit_length()) // 2)))
+    mask = np.uint64((1 << int(half)) - 1)
+    out, epoch = index.astype(np.uint64).copy(), np.broadcast_to(epoch.astype(np.uint64), index.shape)
+    walking = np.ones(len(out), dtype=bool)
+    while walking.any():
+        left, right, e = out[walking] >> half, out[walking] & mask, epoch[walking]
+        for round_key in range(4):
+            key = np.uint64((seed * 4 + round_key) % 2**32)
+            left, right = right, left ^ (_mix(right ^ (key << np.uint64(32)), e) & mask)
+        out[walking] = (left << half) | right
+        walking &= out >= size
+    return out
+
+
+def _mix(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    # splitmix64's finaliser (Steele, Lea, Flood 2014) over both words; wraps on purpose.
+    with np.errstate(over="ignore"):
+        z = x * np.uint64(0x9E3779B97F4A7C15) + y * np.uint64(0xD1B54A32D192ED03) + np.uint64(0x632BE59BD9B4E019)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def _largest_remainder(shares: np.ndarray, total: int) -> np.ndarray:
+    exact = shares * total
+    counts = np.floor(exact).astype(np.int64)
+    counts[np.argsort(counts - exact, kind="stable")[: total - int(counts.sum())]] += 1
+    return counts
