@@ -1,0 +1,1 @@
+"""The `alf-moe` command: `cli.py` and one file a command. Nothing here imports torch."""

@@ -1,4 +1,4 @@
-"""The `alf-moe` command: one file a sub-command, imported when used. No torch here: --help answers at once."""
+"""`alf-moe <command>`: finds the command's module and calls its `main(argv) -> exit code`; imports no other."""
 
 from __future__ import annotations
 
@@ -6,33 +6,46 @@ import difflib
 import importlib
 import sys
 
+import moe
+
 COMMANDS = {
-    "train": "pretrain a configuration with torchrun on the local devices",
-    "prepare": "fetch and verify a corpus, train its tokenizer, write token files",
+    "train": ("launch.train", "train a model on the processes of this machine"),
+    "prepare": ("launch.prepare", "turn a corpus into a tokenizer and token files"),
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code of the sub-command; 2 for usage errors."""
-    words = sys.argv[1:] if argv is None else argv
-    if sys.platform != "linux":
-        print(f"error: alf-moe runs on Linux only, this is {sys.platform}: use a Linux machine or container", file=sys.stderr)
-        return 2
-    if not words or words[0] in ("-h", "--help"):
-        print("usage: alf-moe COMMAND ...  (alf-moe COMMAND --help tells more)\n")
-        print("\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items()))
-        return 0
-    if words[0] == "--version":
-        import moe
+def usage() -> str:
+    """The text of `alf-moe --help`."""
+    lines = [f"alf-moe {moe.__version__}: sparse mixture-of-experts language models", ""]
+    lines += ["usage: alf-moe COMMAND ...", ""]
+    lines += [f"  {name:<10}{summary}" for name, (_, summary) in COMMANDS.items()]
+    lines += ["", "alf-moe COMMAND --help shows the settings of a command; alf-moe --version the version."]
+    return "\n".join(lines)
 
-        print(f"alf-moe {moe.__version__}")
-        return 0
-    if words[0] not in COMMANDS:
-        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
-        print(f"error: {words[0]!r} is not a command: {hint}", file=sys.stderr)
+
+def unknown(command: str) -> str:
+    """One sentence with the nearest command."""
+    near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
+    return f"{command!r} is not a command of alf-moe: {hint}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the result is the exit code of the process."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not sys.platform.startswith("linux"):
+        print(f"error: alf-moe runs on Linux only, and this is {sys.platform}: use WSL2 or a container", file=sys.stderr)
         return 2
-    return importlib.import_module(f"launch.{words[0]}").main(words[1:])
+    if not argv or argv[0] in ("--help", "-h", "help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] in ("--version", "-V"):
+        print(moe.__version__)
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"error: {unknown(argv[0])}", file=sys.stderr)
+        return 2
+    return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,399 @@
+"""`alf-moe train`: check everything that can be checked without torch, start torchrun, turn its end into an exit code.
+
+The workers (`moe.train`) leave `<run>/exit.json` {"code", "reason"} and exit 0 when they stop on purpose; a worker that
+exits with an error is a crash, which torchrun may restart. Across machines use `torchrun ... -m moe.train` itself.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from moe.config import Config, ConfigError, load, resolve
+
+CONFIGURATION, DATA, CHECKPOINT = 2, 3, 5
+EXIT_CODES = {
+    0: "done",
+    1: "a worker crashed",
+    CONFIGURATION: "configuration refused",
+    DATA: "data missing or refused",
+    4: "loss or gradient not finite too often, or loss guard",
+    CHECKPOINT: "checkpoint refused",
+    75: "saved after a signal: start again with --resume",
+}
+FLAGS = {
+    "--config FILE": "TOML file with settings; repeatable, later files win",
+    "--nproc N": "processes; default: one per GPU, without a GPU 2",
+    "--resume": "continue the run of this name from its newest checkpoint",
+    "--clean": "remove the run folder of this name first",
+    "--max-restarts N": "start crashed workers again, N times at most; default 0",
+    "--SECTION.SETTING VALUE": "override one setting",
+}
+SHUTDOWN_SECONDS = 120  # a checkpoint must fit between SIGTERM and SIGKILL; torchrun's own default is 30
+RANK_0 = "[default0]:"  # torchrun's prefix of the lines of local rank 0
+
+
+class Refused(Exception):
+    """Not started: one sentence for the user and the exit code."""
+
+    def __init__(self, code: int, sentence: str):
+        super().__init__(sentence)
+        self.code = code
+
+
+@dataclass
+class Options:
+    """The command line, split into what is ours and what goes to the workers."""
+
+    files: list[str] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)
+    nproc: int | None = None
+    max_restarts: int = 0
+    resume: bool = False
+    clean: bool = False
+
+
+def main(argv: list[str]) -> int:
+    """Train; returns one of EXIT_CODES."""
+    if "--help" in argv or "-h" in argv:
+        show_help()
+        return 0
+    try:
+        options = parse(argv)
+        gpus = count_gpus()
+        nproc = options.nproc or gpus or 2
+        config = check(options, nproc, gpus)
+        run_dir = Path(config.run.folder) / str(config.run.name)
+        prepare_folder(run_dir, options)
+    except ConfigError as error:
+        return _refuse(CONFIGURATION, str(error))
+    except Refused as error:
+        return _refuse(error.code, str(error))
+    return run(options, nproc, run_dir)
+
+
+def _refuse(code: int, sentence: str) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return code
+
+
+# -- before any process starts -----------------------------------------------------------------------------------------
+
+
+def parse(argv: list[str]) -> Options:
+    """Our flags; every other `--a.b value` is an override and is checked by moe.config. Raises ConfigError."""
+    options = Options()
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        flag, equals, value = word.partition("=")
+        if flag in ("--resume", "--clean"):
+            if equals:
+                raise ConfigError(f"{flag} takes no value: write {flag} alone")
+            setattr(options, flag[2:], True)
+        elif flag in ("--config", "--nproc", "--max-restarts"):
+            if not equals:
+                if not words or words[0].startswith("--"):
+                    raise ConfigError(f"{flag} has no value: write {flag} VALUE")
+                value = words.pop(0)
+            if flag == "--config":
+                options.files.append(value)
+            else:
+                least = 1 if flag == "--nproc" else 0
+                setattr(options, flag[2:].replace("-", "_"), _whole_number(flag, value, least))
+        elif flag.startswith("--") and "." not in flag:
+            known = [known.split()[0] for known in FLAGS]
+            near = difflib.get_close_matches(flag, known[:-1], n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else "settings look like --train.steps 100; alf-moe train --help"
+            raise ConfigError(f"{flag} is not an option of alf-moe train: {hint}")
+        else:
+            options.overrides.append(word)
+            if not equals and words and not words[0].startswith("--"):
+                options.overrides.append(words.pop(0))
+    return options
+
+
+def _whole_number(flag: str, text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise ConfigError(f"{flag} {text} is not a whole number >= {least}: write for example {flag} 2")
+    return int(text)
+
+
+def count_gpus() -> int:
+    """GPUs that the workers will see, without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        names = [name.strip() for name in visible.split(",")]
+        # CUDA itself stops at the first name that is not a device.
+        stop = next((i for i, name in enumerate(names) if name in ("", "-1")), len(names))
+        return min(stop, _installed_gpus()) if all(n.isdecimal() for n in names[:stop]) else stop
+    return _installed_gpus()
+
+
+def _installed_gpus() -> int:
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
+        if listed.returncode == 0:
+            return len(re.findall(r"^GPU \d+:", listed.stdout, re.MULTILINE))
+    except (OSError, subprocess.TimeoutExpired):
+        pass
+    return sum(1 for device in Path("/dev").glob("nvidia[0-9]*"))
+
+
+def check(options: Options, nproc: int, gpus: int) -> Config:
+    """The resolved configuration. Raises ConfigError and Refused."""
+    if options.resume and options.clean:
+        raise ConfigError("--resume and --clean contradict each other: give one of them")
+    if gpus and nproc > gpus:
+        raise ConfigError(f"--nproc {nproc} is more than the {gpus} GPUs of this machine: set --nproc {gpus} or less")
+    config = resolve(load(options.files, options.overrides), nproc, cuda=gpus > 0)
+    if not Path(config.data.path).is_dir():
+        raise Refused(
+            DATA,
+            f"data.path = {config.data.path!r} is not a folder: run `alf-moe prepare` first, or name a prepared folder",
+        )
+    return config
+
+
+def prepare_folder(run_dir: Path, options: Options) -> None:
+    """Apply the rules of the run folder: an existing run is only touched with --resume or --clean. Raises Refused."""
+    if options.clean and run_dir.exists():
+        if run_dir.is_symlink() or not _is_run(run_dir):
+            raise Refused(
+                CONFIGURATION,
+                f"--clean: {run_dir} does not look like a run (no run.json or config.toml in it): remove it yourself",
+            )
+        shutil.rmtree(run_dir)
+    if options.resume:
+        if not _is_run(run_dir):
+            raise Refused(
+                CONFIGURATION, f"--resume: {run_dir} holds no run: leave out --resume, or correct run.name and run.folder"
+            )
+        if not list((run_dir / "checkpoints").glob("step-*")):
+            raise Refused(CHECKPOINT, f"--resume: {run_dir} has no checkpoint: start again with --clean")
+    elif run_dir.exists() and not (run_dir.is_dir() and _is_empty(run_dir)):
+        raise Refused(
+            CONFIGURATION,
+            f"{run_dir} exists: continue it with --resume, remove it with --clean, or choose another --run.name",
+        )
+    (run_dir / "exit.json").unlink(missing_ok=True)
+
+
+def _is_run(run_dir: Path) -> bool:
+    return (run_dir / "run.json").is_file() or (run_dir / "config.toml").is_file() or _is_empty(run_dir, or_nothing=False)
+
+
+def _is_empty(run_dir: Path, or_nothing: bool = True) -> bool:
+    """Whether a start ended here before the first step: only what this launcher and an early refusal leave behind."""
+    found = {entry.name for entry in run_dir.iterdir()} if run_dir.is_dir() else set()
+    return found <= {"logs", "exit.json"} and (or_nothing or bool(found))
+
+
+# -- the workers -------------------------------------------------------------------------------------------------------
+
+
+def torchrun_command(options: Options, nproc: int, logs: Path) -> list[str]:
+    """The torchrun command line. Rank 0 keeps the console; stderr of all ranks, stdout of the others go to files."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
+    command += ["--max-restarts", str(options.max_restarts), "--log-dir", str(logs), "--tee", "0:2"]
+    if nproc > 1:
+        command += ["--redirects", ",".join(f"{rank}:3" for rank in range(1, nproc))]
+    command += ["-m", "moe.train"]
+    for file in options.files:
+        command += ["--config", file]
+    return command + options.overrides + (["--resume"] if options.resume else [])
+
+
+def environment(nproc: int) -> dict[str, str]:
+    """The environment of torchrun and its workers."""
+    threads = max(1, len(os.sched_getaffinity(0)) // nproc)
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS),
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+        # Without it more than half of the restarts over gloo hang or fail (pytorch#135712).
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
+
+
+def run(options: Options, nproc: int, run_dir: Path) -> int:
+    """Start torchrun, pass signals on, wait; the exit code is the workers' own where they left one."""
+    logs = run_dir / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    signals: list[int] = []
+    process: subprocess.Popen | None = None
+
+    def stop(number: int, _frame: Any) -> None:
+        signals.append(number)
+        if len(signals) > 1:  # torchrun would break off its own shutdown at a second signal
+            print(f"already stopping: the checkpoint is being written, {SHUTDOWN_SECONDS} s at most", file=sys.stderr)
+        elif process is not None:
+            process.terminate()
+
+    handled = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.signal(number, stop) for number in handled}
+    try:
+        process = subprocess.Popen(
+            torchrun_command(options, nproc, logs),
+            env=environment(nproc),
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # Ctrl-C reaches this process alone, which then asks once
+        )
+        if signals:
+            process.terminate()
+        assert process.stderr is not None, "stderr is a pipe"
+        reader = threading.Thread(target=_sort_stderr, args=(process.stderr, logs / "torchrun.log"), daemon=True)
+        reader.start()
+        code = process.wait()
+        reader.join(timeout=5)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return finish(run_dir, code, bool(signals), options)
+
+
+def _sort_stderr(lines: IO[str], log: Path) -> None:
+    """Rank 0's lines to the console; torchrun's own, dozens of them at a crash, to a file."""
+    with log.open("w") as own:
+        for line in lines:
+            if line.startswith(RANK_0):
+                print(line.removeprefix(RANK_0), end="", file=sys.stderr, flush=True)
+            else:
+                own.write(line)
+                own.flush()
+
+
+# -- the end -----------------------------------------------------------------------------------------------------------
+
+
+def finish(run_dir: Path, code: int, signalled: bool, options: Options) -> int:
+    """The exit code; a crash is told in one block."""
+    try:
+        return int(json.loads((run_dir / "exit.json").read_text())["code"])
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        print(f"warning: {run_dir / 'exit.json'} cannot be read ({error})", file=sys.stderr)
+    if code == 0:
+        return 0
+    again = ["alf-moe", "train"]
+    for file in options.files:
+        again += ["--config", file]
+    again += options.overrides + (["--nproc", str(options.nproc)] if options.nproc else [])
+    saved = sorted(path.name for path in (run_dir / "checkpoints").glob("step-*"))
+    if signalled:
+        print("error: stopped by a signal outside of a training step: nothing was saved by it", file=sys.stderr)
+    else:
+        print(crash_report(run_dir), file=sys.stderr)
+    print(f"  checkpoint  {saved[-1] if saved else 'none'}", file=sys.stderr)
+    print(f"  next        {shlex.join([*again, '--resume' if saved else '--clean'])}", file=sys.stderr)
+    return 1
+
+
+def crash_report(run_dir: Path) -> str:
+    """The first failing rank, its exception, the last logged step and where to read on."""
+    rank, cause, log = first_failure(run_dir / "logs")
+    lines = [f"error: a worker crashed ({'rank ' + str(rank) if rank is not None else 'unknown rank'})"]
+    lines += [f"  exception   {cause}", f"  last step   {last_step(run_dir)}", f"  log         {log}"]
+    return "\n".join(lines)
+
+
+def first_failure(logs: Path) -> tuple[int | None, str, Path]:
+    """(rank, exception, log file) of the worker that failed first, by torchrun's report and the workers' stderr."""
+    own = logs / "torchrun.log"
+    report = own.read_text(errors="replace") if own.exists() else ""
+    root = report.rpartition("Root Cause")[2]
+    found = re.search(r"rank\s*: \d+ \(local_rank: (\d+)\)\s*exitcode\s*: (-?\d+)", root)
+    if found is None:
+        last = report.strip().splitlines()[-1:] or ["torchrun ended without a word"]
+        return None, last[0], own
+    rank, code = int(found[1]), int(found[2])
+    attempts = sorted(logs.glob(f"*/attempt_*/{rank}/stderr.log"), key=lambda path: path.stat().st_mtime)
+    log = attempts[-1] if attempts else own
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = "; the kernel may have run out of memory (dmesg)" if name == "SIGKILL" else ""
+        return rank, f"killed by {name}{hint}", log
+    text = log.read_text(errors="replace") if attempts else ""
+    raised = [line for line in text.splitlines() if re.match(r"[\w.]+(Error|Exception|Exit|Interrupt)\b", line)]
+    return rank, raised[-1] if raised else f"exit code {code}", log
+
+
+def last_step(run_dir: Path) -> str:
+    """The last step in metrics.jsonl."""
+    file = run_dir / "metrics.jsonl"
+    for line in reversed(file.read_text().splitlines() if file.exists() else []):
+        try:
+            return str(json.loads(line)["train/step"])
+        except (ValueError, KeyError, TypeError):
+            continue  # the last line may be cut
+    return "none logged"
+
+
+# -- help --------------------------------------------------------------------------------------------------------------
+
+
+def show_help() -> None:
+    """The flags, the exit codes and every setting with its default, from the schema."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console.print("usage: alf-moe train --config FILE [--nproc N] [--resume | --clean] [--SECTION.SETTING VALUE ...]\n")
+
+    def table(title: str, rows: list[tuple[str, ...]]) -> None:
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(no_wrap=True)
+        for row in rows:
+            grid.add_row(*(Text(cell) for cell in row))
+        console.print(Text(title, style="bold"))
+        console.print(grid, "")
+
+    table("options", list(FLAGS.items()))
+    for name, section in Config.model_fields.items():
+        fields = section.annotation.model_fields  # type: ignore[union-attr]
+        rows = [
+            (f"--{name}.{key}", kind(info.annotation), default(info), info.description or "")
+            for key, info in fields.items()
+        ]
+        table(name, rows)
+    table("exit codes", [(str(code), meaning) for code, meaning in EXIT_CODES.items()])
+
+
+def kind(annotation: Any) -> str:
+    """A type in a user's words: `int`, `none|sign`, `true|false`."""
+    from typing import Literal, get_args, get_origin
+
+    if annotation is bool:
+        return "true|false"
+    if get_origin(annotation) is Literal:
+        return "|".join(map(str, get_args(annotation)))
+    if isinstance(annotation, type) and get_origin(annotation) is None:
+        return {"str": "text"}.get(annotation.__name__, annotation.__name__)
+    if get_origin(annotation) is dict:
+        return "table"
+    return "|".join(kind(part) for part in get_args(annotation) if isinstance(part, type) or get_origin(part))
+
+
+def default(info: Any) -> str:
+    """The default of a setting; settings without one are required."""
+    if info.is_required():
+        return "required"
+    value = info.get_default(call_default_factory=True)
+    return "–" if value is None or value == {} else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,83 @@
+"""Parameters, FLOPs and memory of a configuration, on paper. Imports no torch.
+
+Letters: D model dim, F expert hidden dim, E experts, K experts per token, V vocabulary, S sequence.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from moe.config import Config
+
+# Dense bf16 TFLOP/s without sparsity, from the vendors' data sheets; the first name contained in the device's name.
+PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "RTX 4090": 165.2,
+}
+
+
+class ParameterCounts(NamedTuple):
+    """Parameters by part; `total` of the model, `active` for one token (K of E routed experts)."""
+
+    embedding: int
+    head: int
+    attention: int
+    dense_mlp: int
+    router: int
+    routed_experts: int
+    shared_experts: int
+    norms: int
+    total: int
+    active: int
+
+
+def parameter_counts(config: Config) -> ParameterCounts:
+    """From the resolved configuration; the expert bias is a buffer and does not count."""
+    m, sparse = config.model, config.num_moe_layers
+    head_dim, kv = m.head_dim or m.dim // m.num_heads, m.num_kv_heads or m.num_heads
+    dense_dim = m.dense_hidden_dim or (m.top_k + m.num_shared_experts) * m.expert_hidden_dim
+    expert = 3 * m.dim * m.expert_hidden_dim
+    parts = {
+        "embedding": m.vocab_size * m.dim,
+        "head": 0 if m.tie_embeddings else m.vocab_size * m.dim,
+        "attention": m.num_layers * m.dim * head_dim * (2 * m.num_heads + 2 * kv),
+        "dense_mlp": m.first_k_dense * 3 * m.dim * dense_dim,
+        "router": sparse * m.num_experts * m.dim,
+        "routed_experts": sparse * m.num_experts * expert,
+        "shared_experts": sparse * m.num_shared_experts * expert,
+        "norms": (2 * m.num_layers + 1) * m.dim,
+    }
+    total = sum(parts.values())
+    return ParameterCounts(**parts, total=total, active=total - sparse * (m.num_experts - m.top_k) * expert)
+
+
+def flops_per_token(config: Config) -> float:
+    """Forward and backward FLOPs of one token: 6 per active matrix parameter (the embedding look-up is free, the head is
+    not), and 6 S H d per layer for causal attention scores and values (half of the full square)."""
+    m = config.model
+    counts = parameter_counts(config)
+    matrices = counts.active - counts.embedding - counts.norms + (counts.embedding if m.tie_embeddings else 0)
+    head_dim = m.head_dim or m.dim // m.num_heads
+    return 6.0 * matrices + 6.0 * m.num_layers * config.data.seq_len * m.num_heads * head_dim
+
+
+def mfu(tokens_per_s: float, flops: float, peak_tflops: float) -> float:
+    """Model FLOPs utilisation on active parameters: a share of the peak of all devices together."""
+    return tokens_per_s * flops / (peak_tflops * 1e12)
+
+
+def device_peak_tflops(name: str) -> float | None:
+    """Peak of a GPU by its name, None when it is not in the table."""
+    return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+
+
+def state_gib(config: Config) -> float:
+    """Float32 parameters, gradients and both moments of AdamW on one rank, experts divided by ep."""
+    counts = parameter_counts(config)
+    local = counts.total - counts.routed_experts + counts.routed_experts / config.parallel.ep
+    return 16 * local / 2**30

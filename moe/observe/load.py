@@ -1,0 +1,196 @@
+"""How balanced the experts are, from exact integer counts of the global batch. Definitions: docs/metrics.md.
+
+Every function takes tokens_per_expert_LE int64 and returns a float64 tensor over layers, finite also at exact balance and
+for a layer without tokens (0). Letters: L MoE layers, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe.balance.dual import sampling_floor
+
+
+def relative_load(tokens_per_expert_LE: Tensor) -> Tensor:
+    """A_k / L, [L, E] float64, L = K T / E the mean load; 1 everywhere for a layer without tokens."""
+    counts = tokens_per_expert_LE.double()
+    mean = counts.mean(dim=-1, keepdim=True)
+    return torch.where(mean > 0, counts / mean.clamp_min(1e-300), 1.0)
+
+
+def maxvio(tokens_per_expert_LE: Tensor) -> Tensor:
+    """max_k A_k / L - 1 (arXiv:2408.15664, eq. 4)."""
+    return relative_load(tokens_per_expert_LE).amax(-1) - 1
+
+
+def minvio(tokens_per_expert_LE: Tensor) -> Tensor:
+    """min_k A_k / L - 1: -1 when an expert is idle."""
+    return relative_load(tokens_per_expert_LE).amin(-1) - 1
+
+
+def avgvio(tokens_per_expert_LE: Tensor) -> Tensor:
+    """mean_k |A_k / L - 1|."""
+    return (relative_load(tokens_per_expert_LE) - 1).abs().mean(-1)
+
+
+def cv(tokens_per_expert_LE: Tensor) -> Tensor:
+    """std_k(A) / L."""
+    return relative_load(tokens_per_expert_LE).std(-1, correction=0)
+
+
+def idle(tokens_per_expert_LE: Tensor) -> Tensor:
+    """Experts without a token."""
+    return (tokens_per_expert_LE == 0).sum(-1).double()
+
+
+def effective_experts(tokens_per_expert_LE: Tensor) -> Tensor:
+    """exp(entropy of the load shares) / E, in (0, 1]."""
+    experts = tokens_per_expert_LE.shape[-1]
+    share = relative_load(tokens_per_expert_LE) / experts
+    return torch.special.entr(share).sum(-1).exp() / experts
+
+
+def straggler(tokens_per_expert_LE: Tensor, ranks: int) -> Tensor:
+    """Tokens received by the busiest of `ranks` contiguous blocks of experts / mean. With several copies of the experts
+    (edp > 1) this is the factor of their joint load."""
+    load_LE = relative_load(tokens_per_expert_LE)
+    return load_LE.unflatten(-1, (ranks, -1)).mean(-1).amax(-1)
+
+
+class History(NamedTuple):
+    """Loads between logged steps: step [N] int64 (the last step of each row), counts [N, L, E] int64."""
+
+    steps: np.ndarray
+    counts: np.ndarray
+
+
+def late_counts(history: History, share: float) -> np.ndarray:
+    """Counts [L, E] summed over the rows that lie in the last `share` of the steps."""
+    if len(history.steps) == 0:
+        return np.zeros(history.counts.shape[1:], dtype=np.int64)
+    late = history.steps > history.steps[-1] * (1 - share)
+    return history.counts[late].sum(axis=0)
+
+
+def late_maxvio(history: History, share: float = 0.2) -> list[float]:
+    """MaxVio of each layer's `late_counts`."""
+    return maxvio(torch.from_numpy(late_counts(history, share))).tolist()
+
+
+def late_idle(history: History, share: float = 0.2) -> int:
+    """Experts, over all layers, without a token in `late_counts`."""
+    return int((late_counts(history, share) == 0).sum())
+
+
+class LoadTracker:
+    """What is counted over a run: seen and interval counts, idle streaks. `update` stays on the device.
+
+    layers: global indices of the MoE layers, which appear in the metric names.
+    """
+
+    DEAD_LOAD, DEAD_STEPS = 0.01, 100
+    SIMULATED_RANKS = (2, 4, 8, 16, 64)
+
+    def __init__(self, layers: Sequence[int], num_experts: int, top_k: int, ep: int, device: torch.device | str = "cpu"):
+        self.layers, self.top_k, self.ep = list(layers), top_k, ep
+        shape = (len(self.layers), num_experts)
+        self.seen_LE, self.interval_LE, self.last_LE, self.idle_streak_LE, self.low_streak_LE = (
+            torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(5)
+        )
+        self.flips_LE = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.last_sign_LE = torch.zeros(shape, dtype=torch.int8, device=device)
+        self.step = 0
+        self._rows: list[tuple[int, np.ndarray]] = []
+
+    def update(self, counts_LE: Tensor, tokens_L: Tensor, bias_before_LE: Tensor, bias_after_LE: Tensor) -> None:
+        """Take the counts of one applied step in."""
+        self.step += 1
+        self.last_LE = counts_LE
+        self.seen_LE += counts_LE
+        self.interval_LE += counts_LE
+        idle_LE = counts_LE == 0
+        self.idle_streak_LE = torch.where(idle_LE, self.idle_streak_LE + 1, 0)
+        target_L1 = tokens_L[:, None] * self.top_k / counts_LE.shape[-1]
+        self.low_streak_LE = torch.where(counts_LE < self.DEAD_LOAD * target_L1, self.low_streak_LE + 1, 0)
+        sign_LE = (bias_after_LE - bias_before_LE).sign().to(torch.int8)
+        self.flips_LE = sign_LE * self.last_sign_LE < 0
+        self.last_sign_LE = sign_LE
+
+    def metrics(self, step: int, bias_LE: Tensor) -> dict[str, float]:
+        """Metrics of the last batch and of everything seen; closes the interval that ends with `step`."""
+        if not self.layers:
+            return {}
+        self._rows.append((step, self.interval_LE.cpu().numpy().copy()))
+        self.interval_LE.zero_()
+        last, seen, bias = self.last_LE.cpu(), self.seen_LE.cpu(), bias_LE.cpu().double()
+        out = self._summaries(last, "batch") | self._layers("maxvio_batch", maxvio(last))
+        out |= self._one("maxvio_seen", maxvio(seen)) | self._one("idle_seen", idle(seen))
+        out |= self._one("bias_range", bias.amax(-1) - bias.amin(-1)) | self._one("bias_drift", bias.mean(-1).abs())
+        out |= self._one("flip_rate", self.flips_LE.double().mean(-1).cpu())
+        out |= self._one("idle_streak", self.idle_streak_LE.amax(-1).double().cpu())
+        out |= self._one("dead", (self.low_streak_LE >= self.DEAD_STEPS).sum(-1).double().cpu())
+        for ranks in self.SIMULATED_RANKS:
+            if last.shape[-1] % ranks == 0:
+                out |= self._one(f"straggler_{ranks}_batch", straggler(last, ranks))
+        return out
+
+    def val_metrics(self, counts_LE: Tensor) -> dict[str, float]:
+        """Metrics of a held-out set, the bias frozen."""
+        return self._summaries(counts_LE.cpu(), "val") if self.layers else {}
+
+    def _summaries(self, counts_LE: Tensor, scope: str) -> dict[str, float]:
+        tokens = int(counts_LE[0].sum()) // self.top_k
+        floor = sampling_floor(tokens, counts_LE.shape[-1], self.top_k)
+        out = self._one(f"maxvio_{scope}", maxvio(counts_LE))
+        out |= self._one(f"excess_maxvio_{scope}", maxvio(counts_LE) - floor)
+        out |= self._one(f"avgvio_{scope}", avgvio(counts_LE)) | self._one(f"cv_{scope}", cv(counts_LE))
+        out |= self._one(f"idle_{scope}", idle(counts_LE)) | self._one(f"straggler_{scope}", straggler(counts_LE, self.ep))
+        worst, mean = minvio(counts_LE), effective_experts(counts_LE)
+        out |= {f"moe/minvio_{scope}/min": float(worst.min()), f"moe/effective_experts_{scope}/mean": float(mean.mean())}
+        return out
+
+    def _one(self, name: str, value_L: Tensor) -> dict[str, float]:
+        return {f"moe/{name}/max": float(value_L.max()), f"moe/{name}/mean": float(value_L.mean())}
+
+    def _layers(self, name: str, value_L: Tensor) -> dict[str, float]:
+        # Two digits, so that sorting by name is sorting by layer.
+        return {f"moe/{name}/layer_{layer:02d}": v for layer, v in zip(self.layers, value_L.tolist(), strict=True)}
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    _STATE = ("seen_LE", "interval_LE", "last_LE", "idle_streak_LE", "low_streak_LE", "flips_LE", "last_sign_LE")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """In the checkpoint."""
+        return {name: getattr(self, name) for name in self._STATE}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse of state_dict."""
+        for name in self._STATE:
+            setattr(self, name, state[name].clone())
+
+    def history(self) -> History:
+        """All logged rows."""
+        counts = [row for _, row in self._rows] or [np.zeros((0, *self.seen_LE.shape), dtype=np.int64)]
+        steps = np.array([step for step, _ in self._rows], dtype=np.int64)
+        return History(steps, np.stack(counts) if self._rows else counts[0])
+
+    def write_npz(self, path: Path) -> None:
+        """loads.npz of the run folder: steps, counts, layers; replaced in one rename."""
+        history = self.history()
+        temporary = path.with_name("loads.tmp.npz")
+        np.savez_compressed(temporary, steps=history.steps, counts=history.counts, layers=np.array(self.layers))
+        temporary.replace(path)
+
+    def read_npz(self, path: Path, last_step: int) -> None:
+        """Rows up to `last_step` of an earlier part of the run; none if the file is not there."""
+        if path.exists():
+            with np.load(path) as file:
+                rows = zip(file["steps"].tolist(), file["counts"], strict=True)
+                self._rows = [(step, counts) for step, counts in rows if step <= last_step]
