@@ -437,11 +437,9 @@ def _check_ranks(config: Config, world_size: int) -> None:
 
 def _check_steps(config: Config) -> None:
     o, steps, b = config.optim, config.train.steps, config.balance
-    decay = round(o.decay_share * steps) if o.schedule == "wsd" else 0
     _require(
-        o.warmup_steps + decay <= steps,
-        f"optim.warmup_steps = {o.warmup_steps} and {decay} steps of decay do not fit into train.steps = {steps}: "
-        "lower optim.warmup_steps or optim.decay_share, or raise train.steps",
+        o.warmup_steps <= steps,
+        f"optim.warmup_steps = {o.warmup_steps} is more than train.steps = {steps}: lower it or raise train.steps",
     )
     _require(
         b.rate is None or b.method != "none",

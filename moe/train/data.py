@@ -82,7 +82,7 @@ class TokenData:
         self.bytes_per_token_val = sum(meta["sources"][n]["val"]["bytes"] for n in self.names) / max(1, val_tokens)
         hashes = {n: [meta["sources"][n][split]["xxh3"] for split in ("train", "val")] for n in self.names}
         identity = json.dumps([hashes, seq_len, self._counts.tolist(), meta["tokenizer"]["xxh3"]], sort_keys=True)
-        self.fingerprint = xxhash.xxh3_64_hexdigest(identity)
+        self.fingerprint = xxhash.xxh3_64_hexdigest(identity.encode())
 
     @classmethod
     def open(cls, path: str, seq_len: int, mix: dict[str, float], seed: int, vocab_size: int, batch_size: int) -> TokenData:

@@ -31,13 +31,15 @@ def set_deterministic() -> list[str]:
     ]
 
 
-def measured_peak_tflops(dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """TFLOP/s of a square matrix product on this process's threads: the peak that MFU on a CPU is measured against."""
-    a, b = (torch.randn(1024, 1024, dtype=torch.float32).to(dtype) for _ in range(2))
+def measured_peak_tflops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
+    """TFLOP/s of a square matrix product in this process: what MFU is measured against where no data sheet is known."""
+    a, b = (torch.randn(1024, 1024, device=device).to(dtype) for _ in range(2))
     best, until = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < until:
         start = time.perf_counter()
         torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * 1024**3 / best / 1e12
 
@@ -47,6 +49,13 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+
+
+def free_memory_gib(device: torch.device) -> float:
+    """Memory that is free now: of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2**30
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
 class StopSignal:

@@ -17,6 +17,7 @@ import xxhash
 
 import moe
 from moe.balance import Balancer, build_balancer
+from moe.balance.dual import sampling_floor
 from moe.config import Config, to_toml
 from moe.model.experts import local_tensor
 from moe.model.transformer import Transformer
@@ -25,7 +26,15 @@ from moe.observe.sinks import Sinks
 from moe.parallel import Ranks
 from moe.train import checkpoint
 from moe.train.data import Batch, TokenData
-from moe.train.device import Clock, Profiler, StopSignal, measured_peak_tflops, peak_memory_gib, set_deterministic
+from moe.train.device import (
+    Clock,
+    Profiler,
+    StopSignal,
+    free_memory_gib,
+    measured_peak_tflops,
+    peak_memory_gib,
+    set_deterministic,
+)
 from moe.train.engines import Engine, StepOutput, StepResult, build_engine
 from moe.train.evaluate import evaluate
 from moe.train.optim import learning_rate
@@ -69,13 +78,13 @@ class Run:
         self.progress = Progress()
         if resume:
             self.restore()
-        self.peak_tflops = self._peak()
+        self.peak_tflops, self.peak_source = self._peak()
         self.clock = Clock(ranks.device)
         self.losses_3 = torch.zeros(3, dtype=torch.float64, device=ranks.device)
         self.loss_tokens = torch.zeros((), dtype=torch.int64, device=ranks.device)
         self.val_ce: float | None = None
 
-        self.sinks = Sinks(run_dir, config, self.describe(), resume, self.progress.wandb_id, enabled=ranks.is_main)
+        self.sinks = Sinks(run_dir, config, self.describe(), self.progress.wandb_id, enabled=ranks.is_main)
         self.progress.wandb_id = ranks.broadcast_object(self.sinks.wandb_id)  # type: ignore[assignment]
 
     # -- one step ------------------------------------------------------------------------------------------------------
@@ -121,7 +130,7 @@ class Run:
     def log(self, done: StepResult) -> None:
         """One logged line: means over the steps since the last one."""
         with self.clock.balance():
-            metrics: dict[str, float] = self.tracker.metrics(self.balancer.bias_LE)
+            metrics: dict[str, float] = self.tracker.metrics(self.progress.step, self.balancer.bias_LE)
         losses = (self.ranks.sum(self.losses_3) / self.loss_tokens.clamp_min(1)).tolist()
         self.losses_3.zero_()
         self.loss_tokens.zero_()
@@ -147,7 +156,7 @@ class Run:
             "speed/mfu": cost.mfu(tokens_per_s, flops, self.peak_tflops),
             "memory/peak_gib": memory,
         }
-        self.sinks.write(p.step, metrics)
+        self.sinks.write(metrics)
 
     def evaluate(self) -> None:
         """Held-out loss and load, the bias frozen."""
@@ -161,10 +170,9 @@ class Run:
             "val/ce": found.ce,
             "val/bits_per_byte": found.ce / self.data.bytes_per_token_val / 0.6931471805599453,
             "val/tokens": found.tokens,
+            **self.tracker.val_metrics(found.tokens_per_expert_LE),
         }
-        counts_LE = found.tokens_per_expert_LE
-        metrics |= self.tracker.val_metrics(counts_LE, found.tokens) if len(counts_LE) else {}
-        self.sinks.write(self.progress.step, metrics)
+        self.sinks.write(metrics)
 
     def describe(self) -> dict[str, Any]:
         """What the start-up block and run.json say."""
@@ -173,6 +181,10 @@ class Run:
             "parameters_active": cost.parameter_counts(self.config).active,
             "flops_per_token": cost.flops_per_token(self.config),
             "peak_tflops": self.peak_tflops,
+            "peak_source": self.peak_source,
+            "state_gib": cost.state_gib(self.config),
+            "free_memory_gib": free_memory_gib(self.ranks.device),
+            "floor": sampling_floor(self.config.tokens_per_step, self.config.model.num_experts, self.config.model.top_k),
             "world_size": self.ranks.world_size,
             "device": device_name(self.ranks.device),
             "data_hash": self.data.fingerprint,
@@ -182,14 +194,15 @@ class Run:
             "deterministic_flags": self.flags,
         }
 
-    def _peak(self) -> float:
-        c, device = self.config, self.ranks.device
-        known = c.observe.peak_tflops or (cost.device_peak_tflops(device_name(device)) if device.type == "cuda" else None)
-        if known is None:
-            dtype = torch.bfloat16 if c.train.compute_dtype == "bfloat16" else torch.float32
-            self.ranks.barrier()  # all ranks measure together: they share the cores, as in training
-            return sum(self.ranks.gather_objects(measured_peak_tflops(dtype)))
-        return known * self.ranks.world_size
+    def _peak(self) -> tuple[float, str]:
+        c, ranks = self.config, self.ranks
+        if c.observe.peak_tflops:
+            return c.observe.peak_tflops * ranks.world_size, "observe.peak_tflops"
+        if known := cost.device_peak_tflops(device_name(ranks.device)):
+            return known * ranks.world_size, "data sheet"
+        dtype = torch.bfloat16 if c.train.compute_dtype == "bfloat16" else torch.float32
+        ranks.barrier()  # all ranks measure together: they share the cores, as in training
+        return sum(ranks.gather_objects(measured_peak_tflops(dtype, ranks.device))), "measured"
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -351,4 +364,4 @@ def weights_hash(model: Transformer, ranks: Ranks) -> str:
         else:
             parts[name] = xxhash.xxh3_64_hexdigest(local.numpy())
     everything = {key: value for part in ranks.gather_objects(parts) for key, value in part.items()}
-    return xxhash.xxh3_64_hexdigest(json.dumps(everything, sort_keys=True))
+    return xxhash.xxh3_64_hexdigest(json.dumps(everything, sort_keys=True).encode())

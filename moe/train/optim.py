@@ -39,6 +39,6 @@ def learning_rate(optim: OptimSection, steps: int, step: int) -> float:
         done = (step - optim.warmup_steps) / max(1, steps - 1 - optim.warmup_steps)
         share = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     else:
-        decay_steps = round(optim.decay_share * steps)
+        decay_steps = min(round(optim.decay_share * steps), steps - optim.warmup_steps)
         share = min(1.0, (steps - 1 - step) / decay_steps) if decay_steps else 1.0
     return optim.lr * (optim.final_lr_share + (1 - optim.final_lr_share) * max(0.0, share))
