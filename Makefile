@@ -8,8 +8,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# The default corpus is prepared when the run reads it: no [data] path in CONFIG, none in ARGS.
-own_data := $(findstring --data.path,$(ARGS))$(shell sed -n '/^\[data\]/,/^\[[^d]/p' $(CONFIG) 2>/dev/null | grep '^path')
+# The default corpus is prepared when the run reads it: no other data.path in CONFIG, none in ARGS.
+corpus := data/enwik8-8192
+own_data := $(findstring --data.path,$(ARGS))$(shell sed -n '/^\[data\]/,/^\[[^d]/p' $(CONFIG) 2>/dev/null | grep '^path' | grep -v '"$(corpus)"')
 
 .DEFAULT_GOAL := help
 .PHONY: help setup prepare train test test-slow lint clean

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; the result is the exit code of the process."""
     argv = sys.argv[1:] if argv is None else argv
     if not sys.platform.startswith("linux"):
-        print(f"error: alf-moe runs on Linux only, and this is {sys.platform}: use WSL2 or a container", file=sys.stderr)
+        print(f"error: alf-moe runs on Linux only, this is {sys.platform}: use WSL2 or a container", file=sys.stderr)
         return 2
     if not argv or argv[0] in ("--help", "-h", "help"):
         print(usage())

@@ -67,7 +67,9 @@ class Options:
 def main(argv: list[str]) -> int:
     """Train; returns one of EXIT_CODES."""
     if "--help" in argv or "-h" in argv:
-        show_help()
+        from launch.help import show_help  # rich is for people; a start need not wait for it
+
+        show_help(FLAGS, EXIT_CODES)
         return 0
     try:
         options = parse(argv)
@@ -178,7 +180,8 @@ def prepare_folder(run_dir: Path, options: Options) -> None:
     if options.resume:
         if not _is_run(run_dir):
             raise Refused(
-                CONFIGURATION, f"--resume: {run_dir} holds no run: leave out --resume, or correct run.name and run.folder"
+                CONFIGURATION,
+                f"--resume: {run_dir} holds no run: leave out --resume, or correct run.name and run.folder",
             )
         if not list((run_dir / "checkpoints").glob("step-*")):
             raise Refused(CHECKPOINT, f"--resume: {run_dir} has no checkpoint: start again with --clean")
@@ -191,7 +194,9 @@ def prepare_folder(run_dir: Path, options: Options) -> None:
 
 
 def _is_run(run_dir: Path) -> bool:
-    return (run_dir / "run.json").is_file() or (run_dir / "config.toml").is_file() or _is_empty(run_dir, or_nothing=False)
+    return (
+        (run_dir / "run.json").is_file() or (run_dir / "config.toml").is_file() or _is_empty(run_dir, or_nothing=False)
+    )
 
 
 def _is_empty(run_dir: Path, or_nothing: bool = True) -> bool:
@@ -343,57 +348,3 @@ def last_step(run_dir: Path) -> str:
         except (ValueError, KeyError, TypeError):
             continue  # the last line may be cut
     return "none logged"
-
-
-# -- help --------------------------------------------------------------------------------------------------------------
-
-
-def show_help() -> None:
-    """The flags, the exit codes and every setting with its default, from the schema."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    console.print("usage: alf-moe train --config FILE [--nproc N] [--resume | --clean] [--SECTION.SETTING VALUE ...]\n")
-
-    def table(title: str, rows: list[tuple[str, ...]]) -> None:
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(no_wrap=True)
-        for row in rows:
-            grid.add_row(*(Text(cell) for cell in row))
-        console.print(Text(title, style="bold"))
-        console.print(grid, "")
-
-    table("options", list(FLAGS.items()))
-    for name, section in Config.model_fields.items():
-        fields = section.annotation.model_fields  # type: ignore[union-attr]
-        rows = [
-            (f"--{name}.{key}", kind(info.annotation), default(info), info.description or "")
-            for key, info in fields.items()
-        ]
-        table(name, rows)
-    table("exit codes", [(str(code), meaning) for code, meaning in EXIT_CODES.items()])
-
-
-def kind(annotation: Any) -> str:
-    """A type in a user's words: `int`, `none|sign`, `true|false`."""
-    from typing import Literal, get_args, get_origin
-
-    if annotation is bool:
-        return "true|false"
-    if get_origin(annotation) is Literal:
-        return "|".join(map(str, get_args(annotation)))
-    if isinstance(annotation, type) and get_origin(annotation) is None:
-        return {"str": "text"}.get(annotation.__name__, annotation.__name__)
-    if get_origin(annotation) is dict:
-        return "table"
-    return "|".join(kind(part) for part in get_args(annotation) if isinstance(part, type) or get_origin(part))
-
-
-def default(info: Any) -> str:
-    """The default of a setting; settings without one are required."""
-    if info.is_required():
-        return "required"
-    value = info.get_default(call_default_factory=True)
-    return "–" if value is None or value == {} else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,89 @@
+"""Every configuration file loads, fits where it says it fits, and counts the parameters that its name says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moe.config import Config, ConfigError, load, resolve, to_toml, validate
+from moe.observe.cost import parameter_counts
+
+FOLDER = Path(__file__).parents[1] / "configs"
+SIZES = sorted(path.stem for path in FOLDER.glob("*.toml"))
+METHODS = sorted(path.stem for path in (FOLDER / "methods").glob("*.toml"))
+WORLDS = {
+    "tiny": [2, 4],
+    "small": [1, 2],
+    "deepseekmoe-1b": [8, 72],
+    "deepseekmoe-3b": [8, 108],
+    "deepseekmoe-16b": [8, 64],
+}
+
+
+def config(name: str, world_size: int) -> Config:
+    return resolve(load([str(FOLDER / f"{name}.toml")]), world_size)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_loads_and_resolves(name: str):
+    for world_size in WORLDS[name]:
+        resolved = config(name, world_size)
+        assert resolved.run.name == name
+        assert resolved.num_moe_layers > 0
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.toml")), ids=lambda path: path.stem)
+def test_is_short(path: Path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 60
+    assert all(len(line) <= 120 for line in lines)
+    assert lines[0].startswith("# "), "the first line says what it is for"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_lay_over_every_size(method: str):
+    for name in SIZES:
+        files = [str(FOLDER / f"{name}.toml"), str(FOLDER / "methods" / f"{method}.toml")]
+        assert resolve(load(files), WORLDS[name][0]).balance.method == method
+
+
+def test_resolved_text_is_a_fixed_point():
+    import tomllib
+
+    resolved = config("tiny", 2)
+    assert resolve(validate(tomllib.loads(to_toml(resolved))), 2) == resolved
+
+
+def test_tiny_needs_an_even_number_of_ranks():
+    with pytest.raises(ConfigError, match=r"parallel\.ep = 2 does not divide the 3 ranks"):
+        config("tiny", 3)
+
+
+# By hand: embedding and head 2 V D; attention of equal heads 4 D² a layer; an expert 3 D F; router E D; norms
+# (2 layers + 1) D.
+BY_HAND = {
+    # 2·8192·128 = 2,097,152; attention 4·(2·128² + 2·128·64) = 196,608; one expert 49,152: 4·17·49,152 = 3,342,336;
+    # router 4·16·128 = 8,192; norms 9·128 = 1,152. Not visited by a token: 4·14·49,152 = 2,752,512.
+    "tiny": (5_645_440, 2_892_928),
+    # 2·8192·512 = 8,388,608; attention 8·(2·512² + 2·512·256) = 6,291,456; dense 3·512·1280 = 1,966,080;
+    # one expert 393,216: 7·33·393,216 = 90,832,896; router 7·32·512 = 114,688; norms 17·512 = 8,704.
+    # Not visited: 7·28·393,216 = 77,070,336.
+    "small": (107_602_432, 30_532_096),
+    # 2·32064·1024 = 65,667,072; attention 10·4·1024² = 41,943,040; dense 3·1024·2816 = 8,650,752;
+    # one expert 1,622,016: 9·66·1,622,016 = 963,477,504; router 9·64·1024 = 589,824; norms 21·1024 = 21,504.
+    # Not visited: 9·58·1,622,016 = 846,692,352.
+    "deepseekmoe-1b": (1_080_349_696, 233_657_344),
+    # 2·32064·1280 = 82,083,840; attention 12·4·1280² = 78,643,200; dense 3·1280·3520 = 13,516,800;
+    # one expert 3,379,200: 11·66·3,379,200 = 2,453,299,200; router 11·64·1280 = 901,120; norms 25·1280 = 32,000.
+    # Not visited: 11·58·3,379,200 = 2,155,929,600.
+    "deepseekmoe-3b": (2_628_476_160, 472_546_560),
+    # The public deepseek-moe-16b-base has 16,375,728,128 parameters. Not visited: 27·58·8,650,752 = 13,547,077,632.
+    "deepseekmoe-16b": (16_375_728_128, 2_828_650_496),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_parameter_counts(name: str):
+    counts = parameter_counts(config(name, WORLDS[name][0]))
+    assert (counts.total, counts.active) == BY_HAND[name]
