@@ -139,7 +139,7 @@ class TrainSection(Section):
     """Matrix products and activations; default: bfloat16 on CUDA, float32 on CPU. Parameters stay float32."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Recompute nothing, cheap operations, or whole layers in the backward pass."""
-    loss_chunk: Positive = 1024
+    loss_chunk: Positive = 512
     """Tokens whose logits exist at one time."""
     deterministic: bool = False
     """Bitwise reproducible kernels where torch offers them; prints the flags that it sets."""

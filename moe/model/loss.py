@@ -23,13 +23,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             real = targets != IGNORED
             index = targets.clamp_min(0)[:, None]
             logits = (hidden @ weight.T).float()
-            log_normaliser = logits.logsumexp(dim=-1, keepdim=True)
-            total += ((log_normaliser - logits.gather(-1, index))[:, 0] * real).sum()
+            highest = logits.amax(dim=-1, keepdim=True)
+            target_logits = logits.gather(-1, index)
+            exps = logits.sub_(highest).exp_()  # in place, and the only exponential: it serves the loss and the gradient
+            sums = exps.sum(dim=-1, keepdim=True)
+            total += ((highest + sums.log() - target_logits)[:, 0] * real).sum()
             if grad_hidden is not None and grad_weight is not None:
-                probs = logits.sub_(log_normaliser).exp_()
-                probs.scatter_add_(-1, index, torch.full_like(log_normaliser, -1.0))
-                probs *= real[:, None]
-                grad_logits = probs.to(hidden.dtype)
+                exps.mul_(real[:, None] / sums)  # softmax, and 0 where the token is no real one
+                exps.scatter_add_(-1, index, -real[:, None].float())
+                grad_logits = exps.to(hidden.dtype)
                 grad_hidden[start : start + chunk] = grad_logits @ weight
                 grad_weight += grad_logits.T @ hidden
         ctx.save_for_backward(grad_hidden, grad_weight)
