@@ -1,0 +1,218 @@
+"""Model, layer and dispatch. Each test named pNN excludes pitfall NN."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moe.model.attention import positions, rotate
+from moe.model.loss import IGNORED, chunked_cross_entropy
+from moe.model.transformer import Transformer
+from moe.parallel import build_ranks
+from tests.ranks import run_ranks
+from tests.tiny import ALONE, CPU, random_tokens, tiny_config
+
+
+def model(eos_id=None, **settings):
+    m = Transformer(tiny_config(**settings), ALONE, eos_id)
+    m.init_weights(0)
+    return m
+
+
+def loss_and_grads(m, padded=False, targets=None):
+    x, y = random_tokens()
+    out = m(x, y if targets is None else targets, padded)
+    (out.ce + out.aux + out.z).backward()
+    return out, {name: p.grad.clone() for name, p in m.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [1, 7, 50, 64])
+def test_chunked_cross_entropy_equals_torch(chunk, dtype):
+    g = torch.Generator().manual_seed(0)
+    h = torch.randn(50, 8, generator=g).to(dtype).requires_grad_()
+    w = torch.randn(31, 8, generator=g).requires_grad_()
+    t = torch.randint(0, 31, (50,), generator=g)
+    t[[0, 7, 49]] = IGNORED
+    loss = chunked_cross_entropy(h, w, t, chunk)
+    loss.backward(torch.tensor(0.5))
+    h2, w2 = h.detach().clone().requires_grad_(), w.detach().clone().requires_grad_()
+    expected = F.cross_entropy((h2 @ w2.to(dtype).T).float(), t, reduction="sum")
+    expected.backward(torch.tensor(0.5))
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-2}
+    assert torch.allclose(loss, expected, **close)
+    assert torch.allclose(h.grad, h2.grad, **close) and torch.allclose(w.grad, w2.grad, **close)
+
+
+def test_chunked_cross_entropy_keeps_no_logits():
+    saved = []
+    h, w = torch.randn(64, 8, requires_grad=True), torch.randn(512, 8, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        chunked_cross_entropy(h, w, torch.zeros(64, dtype=torch.int64), 16)
+    assert max(saved) < 64 * 512
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_p03_recompute_counts_once_and_changes_nothing(mode):
+    plain, grads = loss_and_grads(model(balance__aux_loss=0.1))
+    out, again = loss_and_grads(model(train__activation_checkpointing=mode, balance__aux_loss=0.1))
+    assert torch.equal(out.stats.tokens_per_expert, plain.stats.tokens_per_expert)
+    assert int(out.stats.tokens_per_expert[0].sum()) == 8 * 16 * 2
+    assert torch.equal(out.ce, plain.ce)
+    for name in grads:
+        assert torch.allclose(grads[name], again[name], rtol=1e-5, atol=1e-6), name
+
+
+def test_aux_loss_alone_reaches_the_router_under_full_recompute():
+    m = model(train__activation_checkpointing="full", balance__aux_loss=1.0)
+    out = m(*random_tokens())
+    out.aux.backward()
+    for router in m.routers.values():
+        assert router.weight.grad.abs().sum() > 0
+
+
+def test_p06_router_stays_float32_under_bf16_conversion():
+    m = model()
+    for router in m.routers.values():
+        router.expert_bias_E.fill_(0.3000001)
+    m = m.to(torch.bfloat16).half()
+    for router in m.routers.values():
+        assert router.expert_bias_E.dtype == torch.float32 and router.weight.dtype == torch.float32
+        assert torch.equal(router.expert_bias_E, torch.full((8,), 0.3000001))
+    assert m.blocks[0].attention.wq.weight.dtype == torch.float16  # the conversion did happen elsewhere
+
+
+def test_p08_bias_is_zero_after_meta_initialisation():
+    with torch.device("meta"):
+        m = Transformer(tiny_config(), ALONE)
+    m.to_empty(device="cpu")
+    for router in m.routers.values():
+        router.expert_bias_E.fill_(7.0)  # what to_empty leaves is anything
+    m.init_weights(0)
+    other = model()
+    for (name, a), b in zip(m.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert all((r.expert_bias_E == 0).all() for r in m.routers.values())
+
+
+def test_p07_bias_is_in_the_state_dict():
+    m = model()
+    keys = [k for k in m.state_dict() if k.endswith("expert_bias_E")]
+    assert len(keys) == 2
+    m.routers[1].expert_bias_E.fill_(0.125)
+    other = model()
+    other.load_state_dict(m.state_dict())
+    assert (other.routers[1].expert_bias_E == 0.125).all()
+
+
+def test_p10_bias_has_no_gradient_and_is_no_parameter():
+    m = model()
+    loss_and_grads(m)
+    assert not any("bias" in name for name, _ in m.named_parameters())
+    assert all(not r.expert_bias_E.requires_grad and r.expert_bias_E.grad is None for r in m.routers.values())
+
+
+@pytest.mark.parametrize("first_k_dense", [0, 1, 2])
+def test_p13_mixed_dense_and_sparse_stacks(first_k_dense):
+    out, grads = loss_and_grads(model(model__first_k_dense=first_k_dense))
+    assert out.stats.tokens_per_expert.shape == (3 - first_k_dense, 8)
+    assert all(torch.isfinite(g).all() for g in grads.values())
+
+
+def test_p13_all_dense_model_trains_without_balancing():
+    out, grads = loss_and_grads(model(model__first_k_dense=3, balance__method="none", balance__rate=None))
+    assert out.stats.tokens_per_expert.shape == (0, 8) and torch.isfinite(out.ce)
+
+
+def test_p11_padding_equals_removal():
+    x, y = random_tokens()
+    y[3:] = IGNORED
+    m = model(balance__aux_loss=0.1, balance__z_loss=0.1)
+    out = m(x, y, padded=True)
+    (out.ce + out.aux + out.z).backward()
+    other = model(balance__aux_loss=0.1, balance__z_loss=0.1)
+    expected = other(x[:3], y[:3])
+    (expected.ce + expected.aux + expected.z).backward()
+    assert torch.equal(out.stats.tokens_per_expert, expected.stats.tokens_per_expert)
+    assert out.stats.tokens.tolist() == [48, 48]
+    for (name, a), b in zip(m.named_parameters(), other.parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-5), name
+
+
+def test_p18_all_tokens_to_one_expert_trains_and_the_others_get_zero_gradients():
+    m = model()
+    for router in m.routers.values():
+        router.expert_bias_E[:] = torch.tensor([9.0, 9.0, 0, 0, 0, 0, 0, 0])
+    out, grads = loss_and_grads(m)
+    assert out.stats.tokens_per_expert[0].tolist() == [128, 128, 0, 0, 0, 0, 0, 0]
+    for name, grad in grads.items():
+        assert torch.isfinite(grad).all()
+        if ".experts." in name:
+            assert (grad[2:] == 0).all() and grad[:2].abs().sum() > 0
+
+
+def test_document_mask_isolates_documents():
+    x, y = random_tokens(batch=1)
+    x[0, 7] = 5  # the end-of-document token
+    m = model(eos_id=5, data__document_mask=True)
+    changed = x.clone()
+    changed[0, :7] = (changed[0, :7] + 1) % 128
+    changed[0, :7] = torch.where(changed[0, :7] == 5, 6, changed[0, :7])
+    hidden = []
+    m.norm.register_forward_hook(lambda _m, _i, out: hidden.append(out))
+    m(x, y), m(changed, y)
+    assert torch.allclose(hidden[0][0, 8:], hidden[1][0, 8:], atol=1e-6)
+    assert not torch.allclose(hidden[0][0, :7], hidden[1][0, :7], atol=1e-3)
+    plain = model()
+    plain.norm.register_forward_hook(lambda _m, _i, out: hidden.append(out))
+    plain(x, y), plain(changed, y)
+    assert not torch.allclose(hidden[2][0, 8:], hidden[3][0, 8:], atol=1e-6)  # without the mask they do see it
+
+
+def test_evaluation_of_a_token_does_not_depend_on_later_tokens():
+    x, y = random_tokens(batch=2)
+    m = model().eval()
+    hidden = []
+    m.norm.register_forward_hook(lambda _m, _i, out: hidden.append(out))
+    changed = x.clone()
+    changed[0, 9:] = 3
+    changed[1] = 4
+    m(x, y), m(changed, y)
+    assert torch.allclose(hidden[0][0, :9], hidden[1][0, :9], atol=1e-6)
+
+
+def test_rope_scores_depend_on_distance_only():
+    where = positions(torch.zeros(1, 12, dtype=torch.int64), tiny_config().model, None)
+    q, k = torch.randn(8), torch.randn(8)
+    turned_q = rotate(q.expand(1, 12, 1, 8), where.cos, where.sin)[0, :, 0]
+    turned_k = rotate(k.expand(1, 12, 1, 8), where.cos, where.sin)[0, :, 0]
+    scores = turned_q @ turned_k.T
+    assert torch.allclose(scores.diagonal(-3), scores[3, 0].expand(9), atol=1e-5)
+    assert not torch.allclose(scores[3, 0], scores[4, 0], atol=1e-4)
+
+
+def _layer_on_rank(rank, n, ep, skew):
+    config = tiny_config(n, parallel__ep=ep)
+    m = Transformer(config, build_ranks(rank, n, CPU, ep))
+    m.init_weights(0)
+    if skew:
+        for router in m.routers.values():
+            router.expert_bias_E[:2] = 9.0  # the ranks of the other experts receive nothing
+    x, y = random_tokens()
+    share = slice(rank * 8 // n, (rank + 1) * 8 // n)
+    out = m(x[share], y[share])
+    (out.ce / 128).backward()
+    w13 = m.blocks[1].moe.experts.w13
+    local = w13.grad.to_local() if hasattr(w13.grad, "to_local") else w13.grad
+    return out.ce.item(), out.stats.tokens_per_expert.tolist(), local.double().square().sum().item()
+
+
+@pytest.mark.parametrize("skew", [False, True])
+def test_p18_p33_dispatch_over_ranks_equals_local(skew):
+    (ce, counts, square), *_ = run_ranks(_layer_on_rank, 1, 1, skew)
+    for ep in (2,):
+        results = run_ranks(_layer_on_rank, 2, ep, skew)
+        assert sum(r[0] for r in results) == pytest.approx(ce, rel=1e-6)
+        assert (torch.tensor(results[0][1]) + torch.tensor(results[1][1])).tolist() == counts
+        assert sum(r[2] for r in results) == pytest.approx(square, rel=1e-4)
