@@ -273,9 +273,11 @@ def run(options: Options, nproc: int, run_dir: Path) -> int:
 
 
 def _sort_stderr(lines: IO[str], log: Path) -> None:
-    """Rank 0's lines to the console; torchrun's own, dozens of them at a crash, to a file."""
+    """Rank 0's lines to the console; tracebacks and torchrun's own lines, dozens at a crash, to files."""
     with log.open("w") as own:
         for line in lines:
+            if line.startswith(RANK_0 + "[rank0]:"):
+                continue  # torch marks a traceback so: it is in rank 0's stderr.log, and often not the first failure
             if line.startswith(RANK_0):
                 print(line.removeprefix(RANK_0), end="", file=sys.stderr, flush=True)
             else:
@@ -334,9 +336,15 @@ def first_failure(logs: Path) -> tuple[int | None, str, Path]:
         name = signal.Signals(-code).name
         hint = "; the kernel may have run out of memory (dmesg)" if name == "SIGKILL" else ""
         return rank, f"killed by {name}{hint}", log
-    text = log.read_text(errors="replace") if attempts else ""
-    raised = [line for line in text.splitlines() if re.match(r"[\w.]+(Error|Exception|Exit|Interrupt)\b", line)]
-    return rank, raised[-1] if raised else f"exit code {code}", log
+    return rank, exception(log.read_text(errors="replace") if attempts else "") or f"exit code {code}", log
+
+
+def exception(stderr: str) -> str | None:
+    """The exception that the last traceback ends with: its first line that is not indented."""
+    lines = [re.sub(r"^\[rank\d+\]: ?", "", line) for line in stderr.splitlines()]
+    starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
+    after = lines[starts[-1] + 1 :] if starts else []
+    return next((line for line in after if line and not line[0].isspace()), None)
 
 
 def last_step(run_dir: Path) -> str:

@@ -196,13 +196,16 @@ def test_crash_is_one_block(words, workers, run_dir, capsys):
         "import pathlib, sys\n"
         f"run = pathlib.Path({str(run_dir)!r})\n"
         "log = run / 'logs/id_x/attempt_0/1/stderr.log'; log.parent.mkdir(parents=True)\n"
-        "log.write_text('Traceback ...\\nValueError: first\\n[W] shutting down\\n')\n"
+        "trace = 'Traceback (most recent call last)\\n  File x\\nValueError: first\\n[W] shutting down\\n'\n"
+        "log.write_text(trace)\n"
         "(run / 'metrics.jsonl').write_text('{\"train/step\": 30}\\n{\"train/st')\n"
-        f"sys.stderr.write('[default0]:a warning of rank 0\\n' + {report!r}); sys.exit(1)\n"
+        f"sys.stderr.write('[default0]:a warning of rank 0\\n[default0]:[rank0]: Traceback\\n' + {report!r}); sys.exit(1)\n"
     )
     assert train.main(words) == 1
     err = capsys.readouterr().err
-    assert "a warning of rank 0" in err and "[default0]" not in err and "Root Cause" not in err
+    assert (
+        "a warning of rank 0" in err and "[default0]" not in err and "Traceback" not in err and "Root Cause" not in err
+    )
     for part in ("(rank 1)", "ValueError: first", "last step   30", "attempt_0/1/stderr.log", "--clean"):
         assert part in err
     assert "Root Cause" in (run_dir / "logs" / "torchrun.log").read_text()
@@ -213,6 +216,26 @@ def test_killed_worker(tmp_path):
     rank, cause, _ = train.first_failure(tmp_path)
     assert rank == 0
     assert "SIGKILL" in cause
+
+
+@pytest.mark.parametrize(
+    ("stderr", "found"),
+    [
+        ("", None),
+        ("a warning\nanother: one\n", None),
+        (
+            "[rank0]: Traceback (most recent call last):\n[rank0]:   File x\n[rank0]: RuntimeError: y\n",
+            "RuntimeError: y",
+        ),
+        (
+            "Traceback (most recent call last):\n  a\nKeyError: 1\n\nDuring ...\n\n"
+            "Traceback (most recent call last):\n  b\nStop\nlater\n",
+            "Stop",
+        ),
+    ],
+)
+def test_exception_of_a_traceback(stderr: str, found: str | None):
+    assert train.exception(stderr) == found
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -247,8 +270,7 @@ def test_command_and_environment(monkeypatch):
     assert train.environment(3)["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
 
 
-@pytest.mark.parametrize("max_restarts", [0])
-def test_a_real_torchrun(words, workers, run_dir, monkeypatch, capfd, tmp_path, max_restarts: int):
+def test_a_real_torchrun(words, monkeypatch, capfd, tmp_path):
     """The names of its log files, its report and its prefix are those that we read."""
     package = tmp_path / "moe" / "train"
     package.mkdir(parents=True)
@@ -260,7 +282,6 @@ def test_a_real_torchrun(words, workers, run_dir, monkeypatch, capfd, tmp_path, 
         "if os.environ['RANK'] == '1': raise ValueError('rank 1 has had enough')\n"
         "time.sleep(30)\n"
     )
-    monkeypatch.undo()
     monkeypatch.setattr(train, "count_gpus", lambda: 0)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
