@@ -37,8 +37,8 @@ $(STAMP): pyproject.toml constraints.txt
 prepare: setup  ## Fetch the default corpus, train its tokenizer, write the token files (once)
 	$(BIN)/alf-moe prepare
 
-train: setup $(if $(strip $(own_data)),,prepare)  ## Train CONFIG on NPROC processes with the overrides ARGS
-	$(BIN)/alf-moe train --config $(CONFIG) $(if $(NPROC),--nproc $(NPROC)) $(ARGS)
+train: setup $(if $(strip $(own_data)),,prepare)  ## Train CONFIG (one or more files) on NPROC processes with the overrides ARGS
+	$(BIN)/alf-moe train $(addprefix --config ,$(CONFIG)) $(if $(NPROC),--nproc $(NPROC)) $(ARGS)
 
 test: setup  ## The tests that need neither minutes nor a GPU
 	$(BIN)/python -m pytest -q -p no:cacheprovider

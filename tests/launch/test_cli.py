@@ -192,6 +192,7 @@ def test_exit_json_is_the_exit_code(words, workers, run_dir, code: int):
 def test_crash_is_one_block(words, workers, run_dir, capsys):
     report = "Root Cause (first observed failure):\n[0]:\n  time : x\n  host : h\n  rank      : 1 (local_rank: 1)\n"
     report += "  exitcode  : 1 (pid: 7)\n  error_file: <N/A>\n"
+    own = "[default0]:a warning of rank 0\n[default0]:[rank0]: Traceback\n"
     workers(
         "import pathlib, sys\n"
         f"run = pathlib.Path({str(run_dir)!r})\n"
@@ -199,7 +200,7 @@ def test_crash_is_one_block(words, workers, run_dir, capsys):
         "trace = 'Traceback (most recent call last)\\n  File x\\nValueError: first\\n[W] shutting down\\n'\n"
         "log.write_text(trace)\n"
         "(run / 'metrics.jsonl').write_text('{\"train/step\": 30}\\n{\"train/st')\n"
-        f"sys.stderr.write('[default0]:a warning of rank 0\\n[default0]:[rank0]: Traceback\\n' + {report!r}); sys.exit(1)\n"
+        f"sys.stderr.write({own + report!r}); sys.exit(1)\n"
     )
     assert train.main(words) == 1
     err = capsys.readouterr().err
