@@ -32,7 +32,9 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """Base of all sections: unknown keys, NaN, infinities and silent type changes are refused; instances are frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class RunSection(Section):
@@ -319,7 +321,11 @@ def _sentence(error: ValidationError) -> str:
         case "extra_forbidden":
             known = list(_fields_at(where[:-1]))
             near = difflib.get_close_matches(str(where[-1]), known, n=1, cutoff=0.5)
-            hint = f"did you mean {'.'.join([*map(str, where[:-1]), near[0]])}?" if near else f"known here: {', '.join(known)}"
+            hint = (
+                f"did you mean {'.'.join([*map(str, where[:-1]), near[0]])}?"
+                if near
+                else f"known here: {', '.join(known)}"
+            )
             return f"{path} = {value!r} is not a setting: {hint}"
         case "missing":
             return f"{path} is missing: set it in the configuration file or with --{path} VALUE"
@@ -329,12 +335,22 @@ def _sentence(error: ValidationError) -> str:
             hint = f" (did you mean {near[0]}?)" if near else ""
             return f"{path} = {value!r} is not known{hint}: choose one of {', '.join(choices)}"
         case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
-            sign = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}[first["type"]]
+            sign = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}[
+                first["type"]
+            ]
             bound = context.get("gt", context.get("ge", context.get("lt", context.get("le"))))
             return f"{path} = {value!r} is out of range: it must be {sign} {bound:g}"
         case "finite_number":
             return f"{path} = {value!r} is not finite: give a number"
-        case "int_type" | "float_type" | "bool_type" | "string_type" | "dict_type" | "model_type" | "model_attributes_type":
+        case (
+            "int_type"
+            | "float_type"
+            | "bool_type"
+            | "string_type"
+            | "dict_type"
+            | "model_type"
+            | "model_attributes_type"
+        ):
             kind = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text in quotes"}
             wanted = kind.get(first["type"].removesuffix("_type"), "a section with settings of its own")
             return f"{path} = {value!r} has the wrong type: it must be {wanted}"
@@ -369,7 +385,7 @@ def resolve(config: Config, world_size: int = 1, cuda: bool = False) -> Config:
                     "compute_dtype": t.compute_dtype or ("bfloat16" if cuda else "float32"),
                 }
             ),
-            "balance": b.model_copy(update={"rate": b.rate or (1e-3 if b.method == "sign" else None)}),
+            "balance": b.model_copy(update={"rate": None if b.method == "none" else b.rate or 1e-3}),
         }
     )
 
@@ -436,14 +452,10 @@ def _check_ranks(config: Config, world_size: int) -> None:
 
 
 def _check_steps(config: Config) -> None:
-    o, steps, b = config.optim, config.train.steps, config.balance
+    o, steps = config.optim, config.train.steps
     _require(
         o.warmup_steps <= steps,
         f"optim.warmup_steps = {o.warmup_steps} is more than train.steps = {steps}: lower it or raise train.steps",
-    )
-    _require(
-        b.rate is None or b.method != "none",
-        f"balance.rate = {b.rate} has no meaning for balance.method = 'none': remove it or choose a method",
     )
     name = config.run.name
     _require(

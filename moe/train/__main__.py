@@ -7,6 +7,7 @@ an error is restarted by torchrun: a requested stop or a refusal is therefore ex
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch.distributed as dist
 
 from moe.config import ConfigError, load, resolve
 from moe.parallel import build_ranks, join_ranks
-from moe.train.checkpoint import CheckpointError
+from moe.train.checkpoint import CheckpointError, has_checkpoint
 from moe.train.data import DataError
 from moe.train.loop import Outcome, train
 
@@ -42,6 +43,9 @@ def main(argv: list[str]) -> None:
         config = load(files, overrides)
         run_dir = Path(config.run.folder) / str(config.run.name)
         config = resolve(config, world_size, cuda=device.type == "cuda")
+        # A worker that torchrun started again continues; its first attempt may have died before the first checkpoint.
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        resume = resume or (restarted and has_checkpoint(run_dir / "checkpoints"))
         ranks = build_ranks(rank, world_size, device, config.parallel.ep)
         outcome = train(config, ranks, run_dir, resume)
     except ConfigError as error:

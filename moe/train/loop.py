@@ -8,11 +8,11 @@ import platform
 import subprocess
 import uuid
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import xxhash
 
 import moe
@@ -184,7 +184,9 @@ class Run:
             "peak_source": self.peak_source,
             "state_gib": cost.state_gib(self.config),
             "free_memory_gib": free_memory_gib(self.ranks.device),
-            "floor": sampling_floor(self.config.tokens_per_step, self.config.model.num_experts, self.config.model.top_k),
+            "floor": sampling_floor(
+                self.config.tokens_per_step, self.config.model.num_experts, self.config.model.top_k
+            ),
             "world_size": self.ranks.world_size,
             "device": device_name(self.ranks.device),
             "data_hash": self.data.fingerprint,
@@ -276,7 +278,9 @@ def train(config: Config, ranks: Ranks, run_dir: Path, resume: bool) -> Outcome:
     run = Run(config, ranks, run_dir, resume)
     if ranks.is_main:
         (run_dir / "config.toml").write_text(to_toml(config))
-        (run_dir / "run.json").write_text(json.dumps({"run_id": uuid.uuid4().hex, **provenance(), **run.describe()}, indent=1))
+        (run_dir / "run.json").write_text(
+            json.dumps({"run_id": uuid.uuid4().hex, **provenance(), **run.describe()}, indent=1)
+        )
         run.sinks.event("resume" if resume else "start", step=run.progress.step)
     outcome = run_steps(run, signals)
     run.sinks.finish(summary(run, outcome))
@@ -341,7 +345,7 @@ def provenance() -> dict[str, Any]:
         "alf_moe": moe.__version__,
         "git": git.stdout.strip() or None,
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": version("triton"),
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),

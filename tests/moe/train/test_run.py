@@ -25,13 +25,14 @@ from tests.ranks import run_ranks
 from tests.tiny import ALONE, CPU, tiny_config
 
 PRESETS = sorted(str(p) for p in Path("configs").glob("*.toml"))
-SMALL = (
-    "--model.dim 32 --model.num_layers 3 --model.num_heads 4 --model.head_dim 8 --model.num_experts 8 "
-    "--model.expert_hidden_dim 16 --model.dense_hidden_dim 32 --model.vocab_size 128 --data.seq_len 16 --train.batch_size 8 "
-    "--train.micro_batch_size 4 --optim.warmup_steps 0 --train.steps 3 --train.compute_dtype float32 --parallel.ep 1 "
-    "--observe.wandb off --evaluate.max_tokens 64 --evaluate.every 0 --checkpoint.every 0 --model.top_k 2 "
-    "--evaluate.batch_size 4 --model.num_kv_heads 2"
-).split()
+SMALL = """
+--model.dim 32 --model.num_layers 3 --model.num_heads 4 --model.num_kv_heads 2 --model.head_dim 8 --model.num_experts 8
+--model.top_k 2 --model.expert_hidden_dim 16 --model.dense_hidden_dim 32 --model.vocab_size 128 --data.seq_len 16
+--train.batch_size 8 --train.micro_batch_size 4 --train.steps 3 --train.compute_dtype float32 --parallel.ep 1
+--optim.warmup_steps 0 --observe.wandb off --evaluate.max_tokens 64 --evaluate.every 0 --evaluate.batch_size 4
+--checkpoint.every 0
+"""
+SMALL_WORDS = SMALL.split()
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +111,9 @@ def test_run_folder_and_metrics_are_what_the_documents_say(tmp_path):
     reloaded = load([str(tmp_path / "run" / "config.toml")])
     assert reloaded == c
     about = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert about["parameters_total"] == sum(p.numel() for p in Run(c, ALONE, tmp_path / "run", True).engine.model.parameters())
+    assert about["parameters_total"] == sum(
+        p.numel() for p in Run(c, ALONE, tmp_path / "run", True).engine.model.parameters()
+    )
 
 
 def test_initial_weights_hash_does_not_depend_on_the_layout(tmp_path):
@@ -128,7 +131,7 @@ def test_p05_bias_moves_in_every_preset(tmp_path, preset):
     from moe.config import resolve
 
     data = make_token_folder(tmp_path / "data")
-    c = resolve(load([preset], [*SMALL, "--data.path", str(data), "--observe.peak_tflops", "1.0"]))
+    c = resolve(load([preset], [*SMALL_WORDS, "--data.path", str(data), "--observe.peak_tflops", "1.0"]))
     assert c.balance.method != "none"
     run = Run(c, ALONE, tmp_path, False)
     from moe.train.device import StopSignal
@@ -192,7 +195,7 @@ def test_damaged_checkpoint_is_passed_over_and_foreign_settings_are_refused(tmp_
     for settings, name in (
         ({"balance__method": "none", "balance__rate": None}, r"balance\.method = 'none'"),
         ({"run__seed": 7}, r"run\.seed = 7"),
-        ({"model__expert_hidden_dim": 24}, r"model\.expert_hidden_dim = 24"),
+        ({"model__rope_theta": 500.0}, r"model\.rope_theta = 500\.0"),
         ({"train__batch_size": 4}, r"train\.batch_size = 4"),
     ):
         with pytest.raises(checkpoint.CheckpointError, match=name):
@@ -200,14 +203,34 @@ def test_damaged_checkpoint_is_passed_over_and_foreign_settings_are_refused(tmp_
 
 
 def start(*words, nproc=2):
-    command = [sys.executable, "-m", "launch.cli", "train", "--config", "configs/tiny.toml", "--nproc", str(nproc), *words]
+    command = [
+        sys.executable,
+        "-m",
+        "launch.cli",
+        "train",
+        "--config",
+        "configs/tiny.toml",
+        "--nproc",
+        str(nproc),
+        *words,
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_and_exits_75_and_resume_finishes(tmp_path, number):
     data = make_token_folder(tmp_path / "data", {"text": 60_000})
-    words = [*SMALL, "--parallel.ep", "2", "--data.path", str(data), "--run.folder", str(tmp_path), "--observe.log_every", "5"]
+    words = [
+        *SMALL_WORDS,
+        "--parallel.ep",
+        "2",
+        "--data.path",
+        str(data),
+        "--run.folder",
+        str(tmp_path),
+        "--observe.log_every",
+        "5",
+    ]
     long = [*words, "--train.steps", "100000"]
     process = start(*long)
     metrics = tmp_path / "tiny" / "metrics.jsonl"
