@@ -8,13 +8,20 @@ is used from batch n + 1 on. Letters: L MoE layers, E experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe.balance.bias import centred, sign_direction
 from moe.balance.stats import RouterStats
 from moe.config import BalanceSection
+
+
+class HasExpertBias(Protocol):
+    """A router, as far as a balancer knows it: expert_bias_E is a float32 buffer [E]."""
+
+    expert_bias_E: Tensor
 
 
 class Balancer:
@@ -51,7 +58,7 @@ class Balancer:
         self.step_count += 1
 
     @torch.no_grad()
-    def publish(self, routers: Sequence[nn.Module]) -> None:
+    def publish(self, routers: Sequence[HasExpertBias]) -> None:
         """Copy the master bias into the routers' `expert_bias_E` buffers, after every step and load."""
         torch._foreach_copy_([router.expert_bias_E for router in routers], list(self.bias_LE.unbind(0)))
 
@@ -62,7 +69,9 @@ class Balancer:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Raises ValueError, with nothing changed, when the state does not fit."""
         own = self.state_dict()
-        if state.keys() != own.keys() or any(state[k].shape != own[k].shape or state[k].dtype != own[k].dtype for k in own):
+        if state.keys() != own.keys() or any(
+            state[k].shape != own[k].shape or state[k].dtype != own[k].dtype for k in own
+        ):
             shapes = {k: tuple(v.shape) for k, v in state.items()}
             raise ValueError(f"the saved state {shapes} is not that of balance.method = {self.section.method!r}")
         for name, value in state.items():
@@ -73,6 +82,7 @@ class Sign(Balancer):
     """b_k += u * sign(L - A_k): DeepSeek's rule, arXiv:2408.15664, algorithm 1."""
 
     def update(self, stats: RouterStats) -> Tensor:
+        assert self.section.rate is not None, "resolve() gives every bias rule a rate"
         bias_LE = self.bias_LE + self.section.rate * sign_direction(stats.tokens_per_expert)
         return centred(bias_LE) if self.section.centre else bias_LE
 

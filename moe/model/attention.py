@@ -93,4 +93,6 @@ def _attend_by_document(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, gqa: bool
         repeat = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(repeat, dim=1) for t in (k, v))
     # window (-1, 0): everything to the left, nothing to the right
-    return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0))
+    out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0))
+    assert isinstance(out, Tensor), "a tuple comes back only when return_aux is asked for"
+    return out

@@ -20,7 +20,9 @@ class MoELayer(nn.Module):
         m = config.model
         self.router = Router(m, config.balance)
         self.experts = Experts(m.num_experts, m.dim, m.expert_hidden_dim, ranks.ep_mesh)
-        self.shared_experts = SwiGLU(m.dim, m.num_shared_experts * m.expert_hidden_dim) if m.num_shared_experts else None
+        self.shared_experts = (
+            SwiGLU(m.dim, m.num_shared_experts * m.expert_hidden_dim) if m.num_shared_experts else None
+        )
         if ranks.ep_group is not None:
             self.dispatcher = AllToAllDispatcher(m.num_experts, ranks.ep_group)
         else:

@@ -25,7 +25,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logits = (hidden @ weight.T).float()
             highest = logits.amax(dim=-1, keepdim=True)
             target_logits = logits.gather(-1, index)
-            exps = logits.sub_(highest).exp_()  # in place, and the only exponential: it serves the loss and the gradient
+            exps = logits.sub_(
+                highest
+            ).exp_()  # in place, and the only exponential: it serves the loss and the gradient
             sums = exps.sum(dim=-1, keepdim=True)
             total += ((highest + sums.log() - target_logits)[:, 0] * real).sum()
             if grad_hidden is not None and grad_weight is not None:

@@ -89,7 +89,11 @@ class Transformer(nn.Module):
     @property
     def routers(self) -> dict[int, Router]:
         """Routers by global layer index."""
-        return {layer: block.moe.router for layer, block in enumerate(self.blocks) if block.moe is not None}
+        return {
+            layer: block.moe.router
+            for layer, block in enumerate(self.blocks)
+            if isinstance(block, Block) and block.moe is not None
+        }
 
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor, padded: bool = False) -> Output:
         """tokens_BS, targets_BS int64; padded: some targets are IGNORED, and those positions are no load either."""

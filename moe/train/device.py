@@ -21,13 +21,11 @@ def set_deterministic() -> list[str]:
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.matmul.allow_tf32 = False
-    torch.utils.deterministic.fill_uninitialized_memory = True
     return [
         f"CUBLAS_WORKSPACE_CONFIG={os.environ['CUBLAS_WORKSPACE_CONFIG']}",
         "torch.use_deterministic_algorithms(True)",
         "torch.backends.cudnn.benchmark=False",
         "torch.backends.cuda.matmul.allow_tf32=False",
-        "torch.utils.deterministic.fill_uninitialized_memory=True",
     ]
 
 

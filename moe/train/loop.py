@@ -364,8 +364,8 @@ def weights_hash(model: Transformer, ranks: Ranks) -> str:
         local = local_tensor(parameter.detach()).cpu()
         if ".experts." in name:
             first = ranks.rank % (model.config.parallel.ep) * local.shape[0]
-            parts |= {f"{name}/{first + i}": xxhash.xxh3_64_hexdigest(e.numpy()) for i, e in enumerate(local)}
+            parts |= {f"{name}/{first + i}": xxhash.xxh3_64_hexdigest(e.numpy().tobytes()) for i, e in enumerate(local)}
         else:
-            parts[name] = xxhash.xxh3_64_hexdigest(local.numpy())
+            parts[name] = xxhash.xxh3_64_hexdigest(local.numpy().tobytes())
     everything = {key: value for part in ranks.gather_objects(parts) for key, value in part.items()}
     return xxhash.xxh3_64_hexdigest(json.dumps(everything, sort_keys=True).encode())
