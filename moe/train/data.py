@@ -18,13 +18,9 @@ import xxhash
 from torch import Tensor
 
 from moe.model.loss import IGNORED
+from moe.train.folder import DataError, read_meta
 
-FORMAT_VERSION = 1
 BLOCK = 1024  # samples over which the shares of a mix are kept
-
-
-class DataError(ValueError):
-    """Data that cannot be used; its text is one sentence for the user. Exit code 3."""
 
 
 class Batch(NamedTuple):
@@ -34,92 +30,62 @@ class Batch(NamedTuple):
     targets_BS: Tensor
 
 
-def file_hash(path: Path) -> str:
-    """xxh3 of a file, hexadecimal."""
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def read_meta(folder: Path) -> dict[str, Any]:
-    """meta.json of a prepared folder, with every file's size and hash checked. Raises DataError."""
-    again = "run `alf-moe prepare` again, after removing the folder if its files are damaged"
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        found = meta["format_version"]
-        files = [meta["tokenizer"]] + [s[split] for s in meta["sources"].values() for split in ("train", "val")]
-    except FileNotFoundError:
-        raise DataError(f"data.path = '{folder}' has no meta.json: {again}, or name a prepared folder") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"data.path = '{folder}': meta.json cannot be read ({type(error).__name__}): {again}") from None
-    if found != FORMAT_VERSION:
-        raise DataError(f"data.path = '{folder}' has format_version {found}, this version reads {FORMAT_VERSION}: {again}")
-    for entry in files:
-        path = folder / entry["file"]
-        if not path.is_file():
-            raise DataError(f"data.path = '{folder}' lacks the file {entry['file']}: {again}")
-        if file_hash(path) != entry["xxh3"]:
-            raise DataError(f"data.path = '{folder}': {entry['file']} was changed since it was prepared: {again}")
-    return meta
-
-
 class TokenData:
-    """The windows of a prepared folder. A window of a source covers S + 1 tokens from w * S; windows share no target."""
+    """The windows of a prepared folder: window w of a source covers tokens w * S ... w * S + S, so that no target is
+    shared. Sources count in the order of the folder, whatever the order of the mix.
 
-    def __init__(self, folder: Path, meta: dict[str, Any], seq_len: int, shares: dict[str, float], seed: int, batch_size: int):
-        dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+    eos_id, vocab_size: of the folder. fingerprint: hexadecimal, over the files, seq_len and the mix.
+    bytes_per_token_val: UTF-8 bytes of the held-out text over its tokens.
+    """
+
+    def __init__(
+        self, folder: Path, meta: dict[str, Any], seq_len: int, mix: dict[str, float], seed: int, batch_size: int
+    ):
+        sources = {name: source for name, source in meta["sources"].items() if name in mix}
         self.seq_len, self.seed, self.batch_size = seq_len, seed, batch_size
         self.eos_id, self.vocab_size = int(meta["eos_id"]), int(meta["vocab_size"])
-        self.names = list(shares)
-        self._train = [np.memmap(folder / meta["sources"][n]["train"]["file"], dtype, "r") for n in self.names]
-        self._val = [np.memmap(folder / meta["sources"][n]["val"]["file"], dtype, "r") for n in self.names]
-        self._windows = [(len(t) - 1) // seq_len for t in self._train]
-        self.shares = np.array([shares[n] for n in self.names]) / sum(shares.values())
-        self._counts = _largest_remainder(self.shares, BLOCK)
-        val_tokens = sum(len(v) for v in self._val)
-        self.bytes_per_token_val = sum(meta["sources"][n]["val"]["bytes"] for n in self.names) / max(1, val_tokens)
-        hashes = {n: [meta["sources"][n][split]["xxh3"] for split in ("train", "val")] for n in self.names}
+        self.names = list(sources)
+        dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+        self._train = [np.memmap(folder / s["train"]["file"], dtype, "r") for s in sources.values()]
+        self._val = [np.memmap(folder / s["val"]["file"], dtype, "r") for s in sources.values()]
+        self._windows = [_windows(s, seq_len) for s in sources.values()]
+        self._counts = _block_counts(mix, self.names)
+        val_bytes = sum(s["val"]["bytes"] for s in sources.values())
+        self.bytes_per_token_val = val_bytes / sum(s["val"]["tokens"] for s in sources.values())
+        hashes = {name: [s[split]["xxh3"] for split in ("train", "val")] for name, s in sources.items()}
         identity = json.dumps([hashes, seq_len, self._counts.tolist(), meta["tokenizer"]["xxh3"]], sort_keys=True)
         self.fingerprint = xxhash.xxh3_64_hexdigest(identity.encode())
 
     @classmethod
-    def open(cls, path: str, seq_len: int, mix: dict[str, float], seed: int, vocab_size: int, batch_size: int) -> TokenData:
-        """Check and open a folder of `alf-moe prepare`. mix: weight per source; empty: by number of tokens.
+    def open(
+        cls,
+        path: str,
+        seq_len: int,
+        mix: dict[str, float],
+        seed: int,
+        vocab_size: int,
+        batch_size: int = 1,
+        verify: bool = True,
+    ) -> TokenData:
+        """Check and open a folder of `alf-moe prepare`.
 
+        mix: weight per source; empty: every source by its number of windows. vocab_size: the model's. verify: hash the
+        files (about 1 s per GB); without it only their sizes are checked, for the ranks beside the first.
         Raises DataError: absent, changed or too small files, a vocabulary larger than the model's, unknown sources.
         """
         folder = Path(path)
         if not folder.is_dir():
             raise DataError(f"data.path = '{path}' does not exist: run `alf-moe prepare` or name a prepared folder")
-        meta = read_meta(folder)
+        meta = read_meta(folder, verify)
         if meta["vocab_size"] > vocab_size:
             raise DataError(
                 f"model.vocab_size = {vocab_size} is smaller than the {meta['vocab_size']} entries of data.path = '{path}': "
                 f"set model.vocab_size to at least {meta['vocab_size']}"
             )
-        sources = meta["sources"]
-        for name in mix:
-            if name not in sources:
-                near = difflib.get_close_matches(name, sources, n=1)
-                hint = f"did you mean data.mix.{near[0]}?" if near else f"its sources are {', '.join(sources)}"
-                raise DataError(f"data.mix.{name} is no source of data.path = '{path}': {hint}")
-        data = cls(folder, meta, seq_len, mix or {n: s["train"]["tokens"] for n, s in sources.items()}, seed, batch_size)
-        for name, windows, val, count in zip(data.names, data._windows, data._val, data._counts, strict=True):
-            if windows < 1 or len(val) < 2:
-                raise DataError(
-                    f"data.seq_len = {seq_len} is too long for source {name} of data.path = '{path}' "
-                    f"({windows} training windows, {len(val)} held-out tokens): shorten data.seq_len or prepare more text"
-                )
-            if count < 1:
-                raise DataError(f"data.mix.{name} is below 1/{BLOCK} of the mix: raise it or leave the source out")
-        if sum(data._windows) < batch_size:
-            raise DataError(
-                f"train.batch_size = {batch_size} is more than the {sum(data._windows)} windows of data.path = '{path}': "
-                "lower train.batch_size or data.seq_len, or prepare more text"
-            )
-        return data
+        _check_mix(path, meta["sources"], mix)
+        mix = mix or {name: float(_windows(source, seq_len)) for name, source in meta["sources"].items()}
+        _check_sizes(path, meta["sources"], mix, seq_len, batch_size)
+        return cls(folder, meta, seq_len, mix, seed, batch_size)
 
     def sample_ids(self, step: int, first: int = 0, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(source index, window) of samples first ... first + count of optimizer step `step` (from 0)."""
@@ -140,7 +106,9 @@ class TokenData:
     def order_hash(self, previous: str, step: int) -> str:
         """Rolling hash of the samples read, this step's included; in the checkpoint."""
         source, window = self.sample_ids(step)
-        return xxhash.xxh3_64_hexdigest(previous.encode() + source.astype("<i8").tobytes() + window.astype("<i8").tobytes())
+        return xxhash.xxh3_64_hexdigest(
+            previous.encode() + source.astype("<i8").tobytes() + window.astype("<i8").tobytes()
+        )
 
     def train_batch(self, step: int, first: int, count: int) -> Batch:
         """Samples first ... first + count of optimizer step `step` (from 0)."""
@@ -174,6 +142,41 @@ class TokenData:
         return Batch(tokens, targets)
 
 
+def _windows(source: dict[str, Any], seq_len: int) -> int:
+    return max(0, (source["train"]["tokens"] - 1) // seq_len)
+
+
+def _check_mix(path: str, sources: dict[str, Any], mix: dict[str, float]) -> None:
+    for name in mix:
+        if name not in sources:
+            near = difflib.get_close_matches(name, sources, n=1)
+            hint = f"did you mean data.mix.{near[0]}?" if near else f"its sources are {', '.join(sources)}"
+            raise DataError(f"data.mix.{name} is no source of data.path = '{path}': {hint}")
+
+
+def _check_sizes(path: str, sources: dict[str, Any], mix: dict[str, float], seq_len: int, batch_size: int) -> None:
+    chosen = [name for name in sources if name in mix]
+    for name in chosen:
+        windows, val = _windows(sources[name], seq_len), sources[name]["val"]["tokens"]
+        if windows < 1 or val < 2:
+            raise DataError(
+                f"data.seq_len = {seq_len} is too long for source {name} of data.path = '{path}' "
+                f"({windows} training windows, {val} held-out tokens): shorten data.seq_len or prepare more text"
+            )
+    for name, count in zip(chosen, _block_counts(mix, chosen), strict=True):
+        if count < 1:
+            raise DataError(
+                f"data.mix.{name} = {mix[name]:g} is less than 1/{BLOCK} of the mix of data.path = '{path}': "
+                "raise it, or set data.mix to the other sources"
+            )
+    total = sum(_windows(sources[name], seq_len) for name in chosen)
+    if total < batch_size:
+        raise DataError(
+            f"train.batch_size = {batch_size} is more than the {total} windows of data.path = '{path}': "
+            "lower train.batch_size or data.seq_len, or prepare more text"
+        )
+
+
 def permuted(index: np.ndarray, size: int, seed: int, epoch: np.ndarray) -> np.ndarray:
     """A seeded bijection of 0 ... size - 1, another one for each epoch, without a table: a four-round Feistel network on
     the next even number of bits; results outside are sent through again (cycle walking). uint64 in and out."""
@@ -200,8 +203,10 @@ def _mix(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return z ^ (z >> np.uint64(31))
 
 
-def _largest_remainder(shares: np.ndarray, total: int) -> np.ndarray:
-    exact = shares * total
+def _block_counts(mix: dict[str, float], names: list[str]) -> np.ndarray:
+    # How many samples of a block each source gets, by largest remainder: their sum is exactly BLOCK.
+    weights = np.array([mix[name] for name in names], dtype=np.float64)
+    exact = weights / weights.sum() * BLOCK
     counts = np.floor(exact).astype(np.int64)
-    counts[np.argsort(counts - exact, kind="stable")[: total - int(counts.sum())]] += 1
+    counts[np.argsort(counts - exact, kind="stable")[: BLOCK - int(counts.sum())]] += 1
     return counts
