@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moe.train.data import FORMAT_VERSION, file_hash
+from moe.train.folder import FORMAT_VERSION, file_hash
 
 
 def make_token_folder(

@@ -1,0 +1,167 @@
+"""Bad inputs through the real command: the documented exit code, one sentence that names the setting and the way out,
+and nothing written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.corpus import make_token_folder
+
+TINY = ["--config", "configs/tiny.toml"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_token_folder(tmp_path_factory.mktemp("data") / "folder")
+
+
+def alf_moe(*words):
+    return subprocess.run([sys.executable, "-m", "launch.cli", *words], capture_output=True, text=True, timeout=120)
+
+
+def refused(done, code, *says):
+    assert done.returncode == code, (done.stdout, done.stderr)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
+    for part in says:
+        assert part in errors[0], errors[0]
+
+
+# settings over tiny.toml, what the sentence must contain
+CONFIGURATION = [
+    ("--model.top_k 17", "model.top_k = 17", "model.num_experts = 16", "at most 15"),
+    ("--model.top_k 16", "model.top_k = 16", "at most 15"),  # p32: K = E
+    ("--model.top_k 0", "model.top_k = 0", "> 0"),
+    ("--model.top_k 2.5", "model.top_k = 2.5", "whole number"),
+    ("--model.num_experts 15", "parallel.ep = 2", "model.num_experts = 15", "divisor"),  # p32
+    ("--parallel.ep 3", "parallel.ep = 3", "2 ranks"),
+    ("--parallel.ep 4 --nproc 2", "parallel.ep = 4", "2 ranks"),
+    ("--parallel.ep 0", "parallel.ep = 0", "> 0"),
+    ("--nproc 3 --parallel.ep 1", "train.batch_size = 8", "3 ranks"),
+    ("--nproc 0", "--nproc 0", "whole number"),
+    ("--model.num_heads 5", "model.dim = 128", "model.num_heads = 5"),
+    ("--model.num_kv_heads 3", "model.num_kv_heads = 3", "divisor"),
+    ("--model.head_dim 33", "model.head_dim = 33", "even"),
+    ("--model.expert_hidden_dim 100", "model.expert_hidden_dim = 100", "104"),
+    ("--model.first_k_dense 4", "model.first_k_dense = 4", "no MoE layer"),  # p05: balancing on, nothing to balance
+    ("--model.first_k_dense 5 --balance.method none", "model.first_k_dense = 5", "num_layers = 4"),
+    ("--model.score_function sigmod", "model.score_function", "did you mean sigmoid?"),
+    ("--model.attention mla", "model.attention = 'mla'", "gqa"),
+    ("--model.norm_eps 0", "model.norm_eps = 0", "> 0"),
+    ("--model.num_expert 8", "model.num_expert = 8", "did you mean model.num_experts?"),
+    ("--balance.method signs", "balance.method = 'signs'", "did you mean sign?"),
+    ("--balance.rate -1e-3", "balance.rate = -0.001", "> 0"),
+    ("--balance.rate 0.0", "balance.rate = 0.0", "> 0"),
+    ("--balance.rate nan", "balance.rate = nan", "finite"),
+    ("--balance.aux_loss -1", "balance.aux_loss", ">= 0"),
+    ("--optim.lr inf", "optim.lr = inf", "finite"),
+    ("--optim.lr fast", "optim.lr = 'fast'", "number"),
+    ("--optim.warmup_steps 5000", "optim.warmup_steps = 5000", "train.steps"),
+    ("--optim.beta2 1.0", "optim.beta2 = 1.0", "< 1"),
+    ("--optim.schedule linear", "optim.schedule = 'linear'", "cosine"),
+    ("--train.steps 0", "train.steps = 0", "> 0"),
+    ("--train.steps ten", "train.steps = 'ten'", "whole number"),
+    ("--train.batch_size 7", "train.batch_size = 7", "multiple of 2"),
+    ("--train.micro_batch_size 3", "train.micro_batch_size = 3", "divisor of 4"),
+    ("--train.compute_dtype float16", "train.compute_dtype = 'float16'", "bfloat16"),
+    ("--train.deterministic maybe", "train.deterministic = 'maybe'", "true or false"),
+    ("--train.engine deepsped", "train.engine = 'deepsped'", "native"),
+    ("--trian.steps 5", "trian", "did you mean train?"),
+    ("--data.mix 3", "data.mix = 3", "section"),
+    ("--data.mix.wiki 0", "data.mix.wiki = 0", "> 0"),
+    ("--run.name a/b", "run.name = 'a/b'", "folder name"),
+    ("--observe.wandb of", "observe.wandb = 'of'", "did you mean off?"),
+    ("--train.steps", "--train.steps has no value"),
+    ("--resume --clean", "--resume", "--clean"),
+]
+
+
+@pytest.mark.parametrize("case", CONFIGURATION, ids=[c[0] for c in CONFIGURATION])
+def test_bad_configuration_is_one_sentence_and_exit_2(case, data, tmp_path):
+    words, *says = case
+    done = alf_moe("train", *TINY, "--data.path", str(data), "--run.folder", str(tmp_path / "runs"), *words.split())
+    refused(done, 2, *says)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[model\n", "is not valid TOML"),
+        ("model = 3\n", "model = 3"),
+        ("[model]\nvocab_size = true\n", "model.vocab_size = True"),
+        ("[model]\nvocab_size = 8\n", "model.dim is missing"),
+    ],
+)
+def test_bad_file_is_one_sentence_and_exit_2(tmp_path, text, says):
+    (tmp_path / "bad.toml").write_text(text)
+    refused(alf_moe("train", "--config", str(tmp_path / "bad.toml")), 2, says)
+
+
+def test_missing_file_is_one_sentence_and_exit_2():
+    refused(alf_moe("train", "--config", "configs/tinny.toml"), 2, "configs/tinny.toml does not exist")
+    refused(alf_moe("train"), 2, "--config is missing")
+
+
+def spoil_hash(folder):
+    file = folder / "text-train.bin"
+    content = bytearray(file.read_bytes())
+    content[10] ^= 1
+    file.write_bytes(content)
+
+
+def spoil_meta(**fields):
+    def spoil(folder):
+        meta = json.loads((folder / "meta.json").read_text())
+        (folder / "meta.json").write_text(json.dumps({**meta, **fields}))
+
+    return spoil
+
+
+DATA = [
+    (spoil_hash, "", "text-train.bin"),
+    (lambda folder: (folder / "text-val.bin").unlink(), "", "text-val.bin"),
+    (lambda folder: (folder / "meta.json").unlink(), "", "meta.json"),
+    (lambda folder: (folder / "meta.json").write_text('{"format'), "", "meta.json"),
+    (spoil_meta(format_version=99), "", "99"),
+    (spoil_meta(vocab_size=9000), "", "model.vocab_size = 8192"),
+    (lambda folder: None, "--data.seq_len 5000", "data.seq_len = 5000"),
+    (lambda folder: None, "--train.batch_size 64", "train.batch_size = 64"),
+    (lambda folder: None, "--data.mix.texts 1.0", "data.mix.texts"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "words", "says"), DATA, ids=[d[2] + d[1] for d in DATA])
+def test_bad_data_is_one_sentence_and_exit_3(spoil, words, says, tmp_path):
+    folder = make_token_folder(tmp_path / "folder")
+    spoil(folder)
+    where = ["--data.path", str(folder), "--run.folder", str(tmp_path / "runs"), "--nproc", "1", "--parallel.ep", "1"]
+    refused(alf_moe("train", *TINY, *where, *words.split()), 3, says)
+    assert not list((tmp_path / "runs").glob("*/config.toml"))
+
+
+def test_missing_data_is_one_sentence_and_exit_3(tmp_path):
+    refused(alf_moe("train", *TINY, "--data.path", str(tmp_path / "none")), 3, "data.path", "alf-moe prepare")
+
+
+def test_resume_without_a_whole_checkpoint_is_one_sentence_and_exit_5(data, tmp_path):
+    run = tmp_path / "runs" / "tiny"
+    (run / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    words = ["--data.path", str(data), "--run.folder", str(tmp_path / "runs"), "--nproc", "1", "--parallel.ep", "1"]
+    done = alf_moe("train", *TINY, *words, "--resume")
+    refused(done, 5, "no whole checkpoint", "--clean")
+    assert (run / "checkpoints" / "step-00000001").exists()
+
+
+def test_prepare_refuses_in_one_sentence(tmp_path):
+    out = ["--out", str(tmp_path / "out"), "--raw", str(tmp_path / "raw")]
+    refused(alf_moe("prepare", "--text", str(tmp_path / "absent.txt"), *out), 3, "absent.txt")
+    (tmp_path / "bad.jsonl").write_text('{"txt": 1}\n')
+    refused(alf_moe("prepare", "--text", str(tmp_path / "bad.jsonl"), *out), 3, "line 1")
+    assert not Path(out[1]).exists()
