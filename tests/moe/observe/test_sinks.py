@@ -4,6 +4,7 @@ import json
 import math
 import struct
 import sys
+import time
 
 import pytest
 
@@ -183,7 +184,9 @@ def test_offline_run_has_every_key_and_a_resumed_one_the_same_id_with_no_row_los
 
     files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert {path.stem for path in files} == {f"run-{first.wandb_id}"}
-    rows = [r for path in files for r in wandb_rows(path)]
+    until = time.monotonic() + 5  # now and then the last rows reach the file just after finish() has returned
+    while len(rows := [r for path in files for r in wandb_rows(path)]) < 4 and time.monotonic() < until:
+        time.sleep(0.05)
     assert [r["train/step"] for r in rows] == [1, 2, 3, 3]
     for logged, sent in zip(rows, (row(1), row(2), row(3), row(3, **{"loss/ce": 3.0})), strict=True):
         assert {k: v for k, v in logged.items() if not k.startswith("_")} == sent
