@@ -118,9 +118,7 @@ def test_p11_losses_ignore_masked_tokens():
     mask = torch.arange(10) < 6
     counts = torch.tensor([3, 3, 3, 3])
     assert torch.allclose(z_loss(logits, mask), z_loss(logits[:6], None))
-    assert torch.allclose(
-        aux_loss(logits.sigmoid(), counts, 2, mask), aux_loss(logits[:6].sigmoid(), counts, 2, None)
-    )
+    assert torch.allclose(aux_loss(logits.sigmoid(), counts, 2, mask), aux_loss(logits[:6].sigmoid(), counts, 2, None))
 
 
 def test_p35_losses_are_finite_at_exact_balance_and_at_zero_scores():

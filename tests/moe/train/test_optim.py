@@ -1,0 +1,77 @@
+"""Learning-rate schedules, parameter groups, and the switches of the trainer."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from moe.config import OptimSection
+from moe.model.transformer import Transformer
+from moe.train.device import StopSignal
+from moe.train.loop import Run, run_steps
+from moe.train.optim import build_optimizer, learning_rate
+from tests.corpus import make_token_folder
+from tests.tiny import ALONE, tiny_config
+
+
+def rates(steps, **settings):
+    optim = OptimSection(lr=1.0, **settings)
+    return [learning_rate(optim, steps, step) for step in range(steps)]
+
+
+def test_cosine_with_warm_up():
+    lr = rates(11, warmup_steps=2, final_lr_share=0.1)
+    assert lr[:3] == [0.5, 1.0, 1.0]
+    assert lr[6] == pytest.approx(0.1 + 0.9 * 0.5)  # half-way between steps 2 and 10
+    assert lr[-1] == pytest.approx(0.1)
+    assert lr[2:] == sorted(lr[2:], reverse=True)
+
+
+def test_wsd_is_warm_up_stable_linear_decay():
+    lr = rates(20, warmup_steps=4, schedule="wsd", decay_share=0.25, final_lr_share=0.0)
+    assert lr[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert lr[4:15] == [1.0] * 11
+    assert lr[15:] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
+
+
+def test_wsd_decay_that_does_not_fit_behind_the_warm_up_is_shortened():
+    lr = rates(10, warmup_steps=8, schedule="wsd", decay_share=0.5, final_lr_share=0.0)
+    assert lr[7] == 1.0 and lr[8:] == pytest.approx([0.5, 0.0])
+
+
+def test_norms_and_embeddings_do_not_decay_and_every_parameter_is_in_one_group():
+    model = Transformer(tiny_config(), ALONE)
+    groups = build_optimizer(model, tiny_config().optim).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    where = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
+    assert where.keys() == dict(model.named_parameters()).keys()
+    assert all((decay == 0) == ("norm" in name or "embedding" in name) for name, decay in where.items())
+
+
+def run_with(tmp_path, **settings):
+    data = make_token_folder(tmp_path / "data")
+    base = {"data__path": str(data), "observe__wandb": "off", "observe__peak_tflops": 1.0, "train__steps": 9}
+    run = Run(tiny_config(**{**base, **settings}), ALONE, tmp_path, False)
+    assert run_steps(run, StopSignal()).code == 0
+    return run
+
+
+def test_profile_writes_a_trace(tmp_path):
+    run_with(tmp_path, train__profile=True)
+    import gzip
+
+    with gzip.open(tmp_path / "profile" / "trace-rank0.json.gz") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in names
+
+
+def test_deterministic_lists_the_flags_it_sets(tmp_path, capsys):
+    try:
+        run = run_with(tmp_path, train__deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert "torch.use_deterministic_algorithms(True)" in run.flags
+        assert "torch.use_deterministic_algorithms(True)" in capsys.readouterr().out
+    finally:
+        torch.use_deterministic_algorithms(False)
