@@ -5,20 +5,22 @@ Letters: D model dim, F expert hidden dim, E experts, K experts per token, V voc
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from moe.config import Config
 
-# Dense bf16 TFLOP/s without sparsity, from the vendors' data sheets; the first name contained in the device's name.
-PEAK_TFLOPS = {
-    "B200": 2250.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "RTX 4090": 165.2,
-}
+# Dense bf16 TFLOP/s without sparsity, from the vendors' data sheets: words that a device's name must have, words that it
+# must not have. A GH200, an H100 NVL or a MIG slice is another part than its namesake: measured instead.
+PEAK_TFLOPS: list[tuple[set[str], set[str], float]] = [
+    ({"B200"}, {"MIG"}, 2250.0),
+    ({"H200"}, {"MIG", "NVL"}, 989.0),
+    ({"H100", "PCIE"}, {"MIG"}, 756.0),
+    ({"H100"}, {"MIG", "NVL", "PCIE"}, 989.0),
+    ({"A100"}, {"MIG"}, 312.0),
+    ({"L40S"}, {"MIG"}, 362.0),
+    ({"RTX", "4090"}, {"D", "LAPTOP"}, 165.2),
+]
 
 
 class ParameterCounts(NamedTuple):
@@ -72,8 +74,9 @@ def mfu(tokens_per_s: float, flops: float, peak_tflops: float) -> float:
 
 
 def device_peak_tflops(name: str) -> float | None:
-    """Peak of a GPU by its name, None when it is not in the table."""
-    return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+    """Peak of a GPU by the name that its driver gives, None when it is not in the table."""
+    words = set(re.split(r"[^A-Z0-9]+", name.upper()))
+    return next((peak for needed, refused, peak in PEAK_TFLOPS if needed <= words and not refused & words), None)
 
 
 def state_gib(config: Config) -> float:

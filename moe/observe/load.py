@@ -45,8 +45,9 @@ def cv(tokens_per_expert_LE: Tensor) -> Tensor:
 
 
 def idle(tokens_per_expert_LE: Tensor) -> Tensor:
-    """Experts without a token."""
-    return (tokens_per_expert_LE == 0).sum(-1).double()
+    """Experts without a token; 0 for a layer that saw none at all."""
+    routed_L1 = tokens_per_expert_LE.sum(-1, keepdim=True) > 0
+    return ((tokens_per_expert_LE == 0) & routed_L1).sum(-1).double()
 
 
 def effective_experts(tokens_per_expert_LE: Tensor) -> Tensor:
@@ -61,6 +62,13 @@ def straggler(tokens_per_expert_LE: Tensor, ranks: int) -> Tensor:
     (edp > 1) this is the factor of their joint load."""
     load_LE = relative_load(tokens_per_expert_LE)
     return load_LE.unflatten(-1, (ranks, -1)).mean(-1).amax(-1)
+
+
+def _on_grid(tokens: int) -> int:
+    # Padding makes T differ from batch to batch, and each new floor is a simulation: T is rounded to 7 binary digits, at
+    # most 0.4 % of the floor. Powers of two, and most batch sizes, stay as they are.
+    shift = max(0, tokens.bit_length() - 7)
+    return (tokens + (1 << shift >> 1)) >> shift << shift
 
 
 class History(NamedTuple):
@@ -85,7 +93,7 @@ def late_maxvio(history: History, share: float = 0.2) -> list[float]:
 
 def late_idle(history: History, share: float = 0.2) -> int:
     """Experts, over all layers, without a token in `late_counts`."""
-    return int((late_counts(history, share) == 0).sum())
+    return int(idle(torch.from_numpy(late_counts(history, share))).sum())
 
 
 class LoadTracker:
@@ -95,9 +103,12 @@ class LoadTracker:
     """
 
     DEAD_LOAD, DEAD_STEPS = 0.01, 100
+    MAX_ROWS = 2048  # 27 layers x 64 experts: 28 MB
     SIMULATED_RANKS = (2, 4, 8, 16, 64)
 
-    def __init__(self, layers: Sequence[int], num_experts: int, top_k: int, ep: int, device: torch.device | str = "cpu"):
+    def __init__(
+        self, layers: Sequence[int], num_experts: int, top_k: int, ep: int, device: torch.device | str = "cpu"
+    ):
         self.layers, self.top_k, self.ep = list(layers), top_k, ep
         shape = (len(self.layers), num_experts)
         self.seen_LE, self.interval_LE, self.last_LE, self.idle_streak_LE, self.low_streak_LE = (
@@ -114,10 +125,12 @@ class LoadTracker:
         self.last_LE = counts_LE
         self.seen_LE += counts_LE
         self.interval_LE += counts_LE
+        routed_L1 = tokens_L[:, None] > 0  # a layer without tokens keeps its streaks
         idle_LE = counts_LE == 0
-        self.idle_streak_LE = torch.where(idle_LE, self.idle_streak_LE + 1, 0)
+        self.idle_streak_LE = torch.where(routed_L1, (self.idle_streak_LE + 1) * idle_LE, self.idle_streak_LE)
         target_L1 = tokens_L[:, None] * self.top_k / counts_LE.shape[-1]
-        self.low_streak_LE = torch.where(counts_LE < self.DEAD_LOAD * target_L1, self.low_streak_LE + 1, 0)
+        low_LE = counts_LE < self.DEAD_LOAD * target_L1
+        self.low_streak_LE = torch.where(routed_L1, (self.low_streak_LE + 1) * low_LE, self.low_streak_LE)
         sign_LE = (bias_after_LE - bias_before_LE).sign().to(torch.int8)
         self.flips_LE = sign_LE * self.last_sign_LE < 0
         self.last_sign_LE = sign_LE
@@ -127,6 +140,9 @@ class LoadTracker:
         if not self.layers:
             return {}
         self._rows.append((step, self.interval_LE.cpu().numpy().copy()))
+        if len(self._rows) > self.MAX_ROWS:  # neighbours are merged: every count stays, half of the times go
+            odd, pairs = self._rows[len(self._rows) // 2 * 2 :], zip(self._rows[::2], self._rows[1::2], strict=False)
+            self._rows = [(later[0], earlier[1] + later[1]) for earlier, later in pairs] + odd
         self.interval_LE.zero_()
         last, seen, bias = self.last_LE.cpu(), self.seen_LE.cpu(), bias_LE.cpu().double()
         out = self._summaries(last, "batch") | self._layers("maxvio_batch", maxvio(last))
@@ -146,21 +162,28 @@ class LoadTracker:
 
     def _summaries(self, counts_LE: Tensor, scope: str) -> dict[str, float]:
         tokens = int(counts_LE[0].sum()) // self.top_k
-        floor = sampling_floor(tokens, counts_LE.shape[-1], self.top_k)
+        floor = sampling_floor(_on_grid(tokens), counts_LE.shape[-1], self.top_k)
         out = self._one(f"maxvio_{scope}", maxvio(counts_LE))
         out |= self._one(f"excess_maxvio_{scope}", maxvio(counts_LE) - floor)
         out |= self._one(f"avgvio_{scope}", avgvio(counts_LE)) | self._one(f"cv_{scope}", cv(counts_LE))
-        out |= self._one(f"idle_{scope}", idle(counts_LE)) | self._one(f"straggler_{scope}", straggler(counts_LE, self.ep))
+        out |= self._one(f"idle_{scope}", idle(counts_LE)) | self._one(
+            f"straggler_{scope}", straggler(counts_LE, self.ep)
+        )
         worst, mean = minvio(counts_LE), effective_experts(counts_LE)
-        out |= {f"moe/minvio_{scope}/min": float(worst.min()), f"moe/effective_experts_{scope}/mean": float(mean.mean())}
+        out |= {
+            f"moe/minvio_{scope}/min": float(worst.min()),
+            f"moe/effective_experts_{scope}/mean": float(mean.mean()),
+        }
         return out
 
     def _one(self, name: str, value_L: Tensor) -> dict[str, float]:
         return {f"moe/{name}/max": float(value_L.max()), f"moe/{name}/mean": float(value_L.mean())}
 
     def _layers(self, name: str, value_L: Tensor) -> dict[str, float]:
-        # Two digits, so that sorting by name is sorting by layer.
-        return {f"moe/{name}/layer_{layer:02d}": v for layer, v in zip(self.layers, value_L.tolist(), strict=True)}
+        # As many digits as the last layer needs, so that sorting by name is sorting by layer.
+        digits = max(2, len(str(self.layers[-1])))
+        named = zip(self.layers, value_L.tolist(), strict=True)
+        return {f"moe/{name}/layer_{layer:0{digits}d}": v for layer, v in named}
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -180,6 +203,10 @@ class LoadTracker:
         counts = [row for _, row in self._rows] or [np.zeros((0, *self.seen_LE.shape), dtype=np.int64)]
         steps = np.array([step for step, _ in self._rows], dtype=np.int64)
         return History(steps, np.stack(counts) if self._rows else counts[0])
+
+    def last_load(self) -> np.ndarray | None:
+        """A_k / L [L, E] of the last closed interval, for the heat map; None before there is one."""
+        return relative_load(torch.from_numpy(self._rows[-1][1])).numpy() if self._rows else None
 
     def write_npz(self, path: Path) -> None:
         """loads.npz of the run folder: steps, counts, layers; replaced in one rename."""

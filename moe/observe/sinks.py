@@ -8,10 +8,18 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from moe.config import Config
 from moe.observe.console import startup_block, step_line, summary_table
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+
+IMAGES = 200
+CELL = 6  # pixels
 
 
 class Sinks:
@@ -30,8 +38,9 @@ class Sinks:
         self._wandb: Any = None
         if not enabled:
             return
-        self._metrics = (run_dir / "metrics.jsonl").open("a", buffering=1)
-        self._events = (run_dir / "events.jsonl").open("a", buffering=1)
+        self._metrics = _append(run_dir / "metrics.jsonl")
+        self._events = _append(run_dir / "events.jsonl")
+        self._image_slot = self._slot(int(about["start_step"])) if about["start_step"] else -1
         print(startup_block(config, about), flush=True)
         if config.observe.wandb != "off":
             self._start_wandb()
@@ -49,6 +58,22 @@ class Sinks:
             except Exception as error:
                 self.warn("wandb.log", f"W&B stopped taking metrics ({error}); metrics.jsonl has everything")
                 self._wandb = None
+
+    def image(self, where: dict[str, float], load_LE: np.ndarray | None) -> None:
+        """A heat map of A_k / L to W&B, at most IMAGES a run at log-spaced steps; where: train/step and train/tokens."""
+        if self._wandb is None or load_LE is None or (slot := self._slot(int(where["train/step"]))) <= self._image_slot:
+            return
+        self._image_slot = slot
+        try:
+            import wandb
+
+            self._wandb.log({**where, "moe/load_heatmap": wandb.Image(heat_map(load_LE))})
+        except Exception as error:
+            self.warn("wandb.image", f"W&B took no heat map ({error}); loads.npz has the loads")
+
+    def _slot(self, step: int) -> int:
+        """Which of IMAGES equal parts of log(steps) this step is in."""
+        return int((IMAGES - 1) * min(1.0, math.log(max(1, step)) / max(math.log(self.config.train.steps), 1e-9)))
 
     def event(self, kind: str, **fields: Any) -> None:
         """A line in events.jsonl: start, resume, save, skip, warn."""
@@ -68,8 +93,11 @@ class Sinks:
             return
         print(summary_table(summary), flush=True)
         if self._wandb is not None:
-            self._wandb.summary.update(summary)
-            self._wandb.finish()
+            try:
+                self._wandb.summary.update(summary)
+                self._wandb.finish()
+            except Exception as error:
+                self.warn("wandb.finish", f"W&B did not finish ({error}): wandb sync {self.run_dir}/wandb/*run-*")
         self._metrics.close()
         self._events.close()
 
@@ -89,7 +117,7 @@ class Sinks:
                     mode=mode,
                     dir=str(self.run_dir),
                     config={**self.config.model_dump(), "about": self.about},
-                    settings=wandb.Settings(silent=True, console="off", init_timeout=60),
+                    settings=wandb.Settings(silent=True, console="off", init_timeout=60, finish_timeout=120),
                 )
                 self._wandb.define_metric("train/step")
                 self._wandb.define_metric("train/tokens")
@@ -104,6 +132,30 @@ class Sinks:
                     else "no W&B; metrics.jsonl has all"
                 )
                 self.warn(f"wandb {mode}", f"W&B could not start {mode} ({problem}): {then}")
+
+
+def _append(path: Path) -> TextIO:
+    """Open to append whole lines: a half-written last one, of a run that was killed, is ended first."""
+    file = path.open("a+b")
+    if file.tell():
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+    file.close()
+    return path.open("a", buffering=1)
+
+
+def heat_map(load_LE: np.ndarray) -> Image:
+    """One row a layer, one column an expert: blue below the target load, white at it, orange at twice it; idle black."""
+    import numpy as np
+    from PIL import Image as Pillow
+
+    below = np.clip(1 - load_LE, 0, 1)[..., None]
+    above = np.clip(load_LE - 1, 0, 1)[..., None]
+    white, blue, orange = (np.array(c, float) for c in ((255, 255, 255), (33, 102, 172), (230, 97, 1)))
+    colour_LEC = white + below * (blue - white) + above * (orange - white)
+    colour_LEC[load_LE == 0] = 0
+    return Pillow.fromarray(colour_LEC.round().astype(np.uint8).repeat(CELL, 0).repeat(CELL, 1))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -90,6 +90,10 @@ def test_mfu_counts_active_parameters_only():
         ("NVIDIA B200", 2250),
         ("NVIDIA GeForce RTX 4090", 165),
         ("NVIDIA GeForce GTX 1080", None),
+        ("NVIDIA H100 NVL", None),  # other parts than their namesakes in the table
+        ("NVIDIA GB200", None),
+        ("NVIDIA H200 MIG 1g.18gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("cpu", None),
     ],
 )

@@ -60,6 +60,49 @@ def test_nothing_to_report_is_zero_and_finite(rows):
     assert all(np.isfinite(v) for v in values.values()), values
 
 
+def test_no_token_is_no_idle_expert_and_leaves_the_streaks():
+    tracker = LoadTracker([0], 4, 2, ep=1)
+    stepped(tracker, counts([8, 0, 4, 4]))
+    stepped(tracker, counts([0, 0, 0, 0]))
+    metrics = tracker.metrics(2, zeros_LE(1, 4))
+    assert metrics["moe/idle_batch/max"] == 0
+    assert metrics["moe/idle_streak/max"] == 1
+    assert load.late_idle(LoadTracker([0], 4, 2, ep=1).history()) == 0
+
+
+def test_padding_does_not_cost_a_new_floor_every_step():
+    sampling_floor.cache_clear()
+    tracker = LoadTracker([0], 64, 2, ep=1)
+    for tokens in range(3200, 3232):
+        rows = torch.full((1, 64), tokens * 2 // 64, dtype=torch.int64)
+        rows[0, 0] += tokens * 2 - rows.sum()
+        stepped(tracker, rows)
+        tracker.metrics(tokens, zeros_LE(1, 64))
+    assert sampling_floor.cache_info().misses <= 3
+
+
+def test_history_is_bounded_and_loses_no_count():
+    tracker = LoadTracker([0], 2, 1, ep=1)
+    tracker.MAX_ROWS = 8
+    for step in range(1, 101):
+        stepped(tracker, counts([step, 1]))
+        tracker.metrics(step, zeros_LE(1, 2))
+    history = tracker.history()
+    assert len(history.steps) <= 8
+    assert history.steps[-1] == 100
+    assert history.counts.sum(0).tolist() == [[5050, 100]]
+    ends = history.steps.tolist()
+    firsts = [0, *ends[:-1]]
+    assert history.counts[:, 0, 0].tolist() == [sum(range(a + 1, b + 1)) for a, b in zip(firsts, ends, strict=True)]
+
+
+def test_names_of_a_hundred_layers_sort_by_layer():
+    tracker = LoadTracker(range(120), 2, 1, ep=1)
+    stepped(tracker, torch.ones(120, 2, dtype=torch.int64))
+    names = [k for k in tracker.metrics(1, zeros_LE(120, 2)) if "/layer_" in k]
+    assert sorted(names) == names
+
+
 def test_load_planted_in_layer_10_appears_under_layer_10():
     layers = list(range(1, 13))
     rows = torch.full((12, 4), 4, dtype=torch.int64)

@@ -6,6 +6,7 @@ import struct
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from moe.observe import sinks
@@ -110,6 +111,12 @@ def test_training_and_validation_of_one_step_are_both_kept(tmp_path):
     merged = {k: v for r in read_metrics(tmp_path / "metrics.jsonl") for k, v in r.items()}
     assert merged["loss/ce"] == 3.2145
     assert merged["val/ce"] == 3.0
+
+
+def test_a_resumed_run_does_not_glue_its_first_row_to_a_half_written_one(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"train/step": 1}) + '\n{"train/step": 2, "loss/c')
+    Sinks(tmp_path, quiet(), ABOUT, None).write(row(2))
+    assert [r["train/step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
 # -- console ---------------------------------------------------------------------------------------------------------
@@ -275,6 +282,40 @@ def test_wandb_that_fails_in_the_middle_does_not_stop_training(tmp_path, monkeyp
     out.write(row(2))
     assert capsys.readouterr().err.count("warning: ") == 1
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_wandb_that_cannot_finish_does_not_fail_the_run_and_may_not_wait_for_ever(tmp_path, monkeypatch, capsys):
+    fake = FakeWandb()
+    fake.run.finish = lambda *a, **k: (_ for _ in ()).throw(OSError("no network"))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    out = Sinks(tmp_path, tiny_config(observe__wandb="offline"), ABOUT, None)
+    out.finish({"val/ce": 2.5})
+    assert capsys.readouterr().err.count("warning: ") == 1
+    assert fake.kwargs["settings"]["finish_timeout"] > 0
+
+
+def test_heat_map_is_blue_white_orange_and_black():
+    image = sinks.heat_map(np.array([[0.0, 0.5, 1.0, 2.0], [1.0, 1.0, 1.0, 9.0]]))
+    cells = np.asarray(image)[:: sinks.CELL, :: sinks.CELL]
+    assert cells.shape == (2, 4, 3)
+    assert cells[0, 0].tolist() == [0, 0, 0]
+    assert cells[0, 1][2] > cells[0, 1][0]  # bluish
+    assert cells[0, 2].tolist() == [255, 255, 255]
+    assert cells[0, 3][0] > cells[0, 3][2]  # orange
+    assert cells[1, 3].tolist() == cells[0, 3].tolist()  # clipped at twice the target
+
+
+def test_heat_maps_come_at_log_spaced_steps_and_few(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    fake.Image = lambda image: image
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    out = Sinks(tmp_path, tiny_config(observe__wandb="offline", train__steps=20_000), ABOUT, None)
+    for step in range(1, 20_001):
+        out.image({"train/step": step, "train/tokens": step}, np.ones((1, 2)))
+    steps = [args[0]["train/step"] for args, _ in fake.run.calls]
+    assert steps[0] == 1
+    assert 100 < len(steps) <= 200
+    assert steps[-1] - steps[-2] > 20 * (steps[1] - steps[0])
 
 
 def test_wandb_is_not_imported_with_the_module():
