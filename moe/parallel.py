@@ -83,7 +83,9 @@ def _all_reduce(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 def join_ranks(timeout_s: float = 600.0) -> tuple[int, int, torch.device]:
     """Join the processes that torchrun started: (rank, world size, device). Alone, without torchrun: (0, 1, device)."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():

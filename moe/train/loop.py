@@ -157,6 +157,7 @@ class Run:
             "memory/peak_gib": memory,
         }
         self.sinks.write(metrics)
+        self.sinks.image({"train/step": p.step, "train/tokens": p.tokens}, self.tracker.last_load())
 
     def evaluate(self) -> None:
         """Held-out loss and load, the bias frozen."""

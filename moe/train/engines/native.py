@@ -65,7 +65,9 @@ class NativeEngine:
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> StepOutput:
         device = self.ranks.device
-        real = sum(int((batch.targets_BS != IGNORED).sum()) for batch in micro_batches)  # on host: batches come from there
+        real = sum(
+            int((batch.targets_BS != IGNORED).sum()) for batch in micro_batches
+        )  # on host: batches come from there
         tokens = self.ranks.sum(torch.tensor(real, dtype=torch.int64, device=device))
         scale = 1.0 / tokens.clamp_min(1)
         losses_3 = torch.zeros(3, device=device)
@@ -93,14 +95,18 @@ class NativeEngine:
         """The global norm, each expert once: experts are summed over ep only (edp ranks hold equal copies)."""
         total = _sum_of_squares([p.grad for p in self.dense_parameters], self.ranks.device)
         experts = _sum_of_squares([p.grad for p in self.expert_parameters], self.ranks.device)
-        return math.sqrt(x) if (x := (total + self.ranks.sum_over_ep(experts)).item()) >= 0 else math.nan  # sync: once a step
+        return (
+            math.sqrt(x) if (x := (total + self.ranks.sum_over_ep(experts)).item()) >= 0 else math.nan
+        )  # sync: once a step
 
     def step(self) -> StepResult:
         norm = self._grad_norm()
         applied = math.isfinite(norm)
         if applied:
             if norm > (limit := self.config.optim.grad_clip):
-                grads = [local_tensor(p.grad) for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
+                grads = [
+                    local_tensor(p.grad) for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None
+                ]
                 torch._foreach_mul_(grads, limit / norm)
             self.optimizer.step()
         self.optimizer.zero_grad()
