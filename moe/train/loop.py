@@ -279,10 +279,10 @@ def train(config: Config, ranks: Ranks, run_dir: Path, resume: bool) -> Outcome:
     run = Run(config, ranks, run_dir, resume)
     if ranks.is_main:
         (run_dir / "config.toml").write_text(to_toml(config))
-        (run_dir / "run.json").write_text(
-            json.dumps({"run_id": uuid.uuid4().hex, **provenance(), **run.describe()}, indent=1)
-        )
-        run.sinks.event("resume" if resume else "start", step=run.progress.step)
+        if not resume:  # a run keeps its identity; what resumed it is in events.jsonl
+            about = {"run_id": uuid.uuid4().hex, **provenance(), **run.describe()}
+            (run_dir / "run.json").write_text(json.dumps(about, indent=1))
+        run.sinks.event("resume" if resume else "start", step=run.progress.step, **provenance())
     outcome = run_steps(run, signals)
     run.sinks.finish(summary(run, outcome))
     return outcome
