@@ -147,20 +147,24 @@ def wiki_articles(dump: str) -> Iterator[str]:
 
 
 def law_texts(raw: Path) -> Iterator[str]:
-    """Licence texts, long repeated lines once: without that a third of the characters repeat."""
+    """Licence texts without their YAML header, long repeated lines once: a third of the characters would repeat."""
     with zipfile.ZipFile(fetch(LAW, raw)) as wheel:
         names = sorted(n for n in wheel.namelist() if re.fullmatch(r"licensedcode/data/licenses/[^/]*\.LICENSE", n))
-        yield from _without_repeats(wheel.read(name).decode("utf-8", errors="replace") for name in names)
+        texts = (wheel.read(name).decode("utf-8", errors="replace") for name in names)
+        yield from without_repeats(re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.S) for text in texts)
 
 
-def _without_repeats(texts: Iterable[str]) -> Iterator[str]:
+def without_repeats(texts: Iterable[str]) -> Iterator[str]:
+    """Every line of more than 60 characters once over all texts; texts that become too short are dropped."""
     seen: set[str] = set()
     for text in texts:
         lines = []
         for line in text.splitlines():
-            if len(line) <= 60 or line not in seen:
-                lines.append(line)
-            seen.add(line)
+            if len(line) > 60:
+                if line in seen:
+                    continue
+                seen.add(line)
+            lines.append(line)
         if len(kept := "\n".join(lines).strip()) > SHORTEST:
             yield kept
 
@@ -168,7 +172,7 @@ def _without_repeats(texts: Iterable[str]) -> Iterator[str]:
 def python_files() -> Iterator[str]:
     """The running interpreter's standard library without tests and tables."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    skip = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages"}
+    skip = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages"}
     for path in sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)):
         yield path.read_text(encoding="utf-8", errors="replace")
 
