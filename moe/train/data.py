@@ -193,7 +193,7 @@ def permuted(index: np.ndarray, size: int, key: int, epoch: np.ndarray) -> np.nd
     mask = np.uint64((1 << int(half)) - 1)
     out = index.astype(np.uint64)
     epoch = np.broadcast_to(epoch.astype(np.uint64), index.shape)
-    round_keys = _mix(np.uint64(key), np.arange(ROUNDS, dtype=np.uint64))
+    round_keys = _mix(np.array(key, dtype=np.uint64), np.arange(ROUNDS, dtype=np.uint64))
     walking = np.ones(len(out), dtype=bool)
     while walking.any():
         left, right, e = out[walking] >> half, out[walking] & mask, epoch[walking]

@@ -67,7 +67,8 @@ def read_meta(folder: Path, verify: bool = True, setting: str = "data.path") -> 
 def _expected_files(meta: dict[str, Any]) -> list[tuple[str, int | None, str]]:
     # Touches every entry that a reader relies on, so that a damaged meta.json is a sentence and no traceback.
     item = ITEM_BYTES[meta["dtype"]]
-    int(meta["vocab_size"]), int(meta["eos_id"])
+    if not 0 <= int(meta["eos_id"]) < int(meta["vocab_size"]):
+        raise ValueError("eos_id")
     files: list[tuple[str, int | None, str]] = [(meta["tokenizer"]["file"], None, meta["tokenizer"]["xxh3"])]
     for source in meta["sources"].values():
         int(source["val"]["bytes"])

@@ -174,7 +174,7 @@ def test_stages_of_other_settings_are_not_used(tmp_path, corpus, monkeypatch):
 def test_two_at_a_time_are_refused(tmp_path, corpus, capsys):
     (tmp_path / "out.partial").mkdir()
     other = os.open(tmp_path / "out.partial", os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX)
+    fcntl.flock(other, fcntl.LOCK_SH)  # refuses exclusive use, and nothing less
     assert prepare(tmp_path, corpus) == 3
     assert "is being written by another" in one_sentence(capsys)
     os.close(other)

@@ -186,8 +186,9 @@ def test_fingerprint_follows_what_is_read(mixed, tmp_path):
     twin = make_token_folder(tmp_path / "twin", {"wiki": 2401, "law": 801, "python": 408})
     assert base == open_data(twin).fingerprint
     changed = make_token_folder(tmp_path / "changed", {"wiki": 2401, "law": 801, "python": 408}, seed=1)
-    others = [open_data(mixed, seq_len=4), open_data(mixed, {"wiki": 1.0}), open_data(changed)]
-    assert len({base, *(other.fingerprint for other in others)}) == 4
+    assert open_data(mixed, {"law": 1.0}, seq_len=4).fingerprint != open_data(mixed, {"law": 1.0}).fingerprint
+    others = [open_data(mixed, {"wiki": 1.0}), open_data(changed)]
+    assert len({base, *(other.fingerprint for other in others)}) == 3
 
 
 # -- held out --------------------------------------------------------------------------------------------------------
@@ -282,6 +283,7 @@ REFUSED = {
     "no sources": (lambda f: edit_meta(f, sources={}), {}, "no sources"),
     "dtype": (lambda f: edit_meta(f, dtype="int8"), {}, "lacks or misstates an entry ('int8')"),
     "an entry": (lambda f: edit_meta(f, tokenizer={}), {}, "lacks or misstates an entry ('file')"),
+    "eos": (lambda f: edit_meta(f, eos_id=128), {}, "lacks or misstates an entry (eos_id)"),
     "no tokens": (drop("text-val.bin"), {}, "lacks the file text-val.bin"),
     "no tokenizer": (drop("tokenizer.json"), {}, "lacks the file tokenizer.json"),
     "changed": (flip_a_bit, {}, "text-train.bin was changed since it was prepared: remove the folder and run"),
