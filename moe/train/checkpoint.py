@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
-import xxhash
 
 from moe.parallel import Ranks
+from moe.train.folder import file_hash
 
 FORMAT_VERSION = 1
 
@@ -111,7 +111,7 @@ def verify(checkpoint: Path) -> str | None:
     for name, expected in files.items():
         if (checkpoint / name).stat().st_size != expected["bytes"]:
             return f"{name} has {(checkpoint / name).stat().st_size} bytes, the manifest says {expected['bytes']}"
-        if _hash(checkpoint / name) != expected["xxh3"]:
+        if file_hash(checkpoint / name) != expected["xxh3"]:
             return f"the hash of {name} differs from the manifest"
     return None
 
@@ -130,16 +130,8 @@ def _write_manifest(folder: Path) -> None:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "xxh3": _hash(path)}
+        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "xxh3": file_hash(path)}
     _replace(folder / "MANIFEST.json", json.dumps({"files": files}, indent=1))
-
-
-def _hash(path: Path) -> str:
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _replace(path: Path, text: str) -> None:
