@@ -20,6 +20,23 @@ from moe.balance.stats import RouterStats, flatten, unflatten
 
 
 @dataclass(frozen=True)
+class BalanceSum:
+    """A sum of statistics under way."""
+
+    stats: RouterStats
+    stop: bool
+    flat: Tensor | None
+    work: dist.Work | None
+
+    def wait(self) -> tuple[RouterStats, bool]:
+        """The statistics of the global batch, and whether any rank asks to stop."""
+        if self.work is None or self.flat is None:
+            return self.stats, self.stop
+        self.work.wait()
+        return unflatten(self.flat[:-1], self.stats), bool(self.flat[-1].item())  # sync: the stop flag, once a step
+
+
+@dataclass(frozen=True)
 class Ranks:
     """Where this process stands. Groups are None where they would have one member."""
 
@@ -44,13 +61,14 @@ class Ranks:
         """The sum over the ranks that share the experts (a new tensor)."""
         return _all_reduce(tensor, self.ep_group)
 
-    def sum_balance_stats(self, stats: RouterStats, stop: bool = False) -> tuple[RouterStats, bool]:
-        """The statistics of the global batch: one int64 all-reduce for all layers; the stop flag rides along."""
+    def start_balance_sum(self, stats: RouterStats, stop: bool = False) -> BalanceSum:
+        """Start the one int64 all-reduce of a step, for all layers and fields; the stop flag rides along. It travels
+        while the optimizer steps."""
         if self.dp_group is None:
-            return stats, stop
+            return BalanceSum(stats, stop, None, None)
         flag = torch.tensor([int(stop)], dtype=torch.int64, device=stats.tokens.device)
-        flat = _all_reduce(torch.cat([flatten(stats), flag]), self.dp_group)
-        return unflatten(flat[:-1], stats), bool(flat[-1].item())  # sync: the stop flag, once a step
+        flat = torch.cat([flatten(stats), flag])
+        return BalanceSum(stats, stop, flat, dist.all_reduce(flat, group=self.dp_group, async_op=True))
 
     def broadcast_object(self, value: object) -> object:
         """Rank 0's value, on all ranks."""

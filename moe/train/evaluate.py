@@ -39,5 +39,5 @@ def evaluate(model: Transformer, batches: Iterable[Batch], ranks: Ranks) -> Eval
     model.train(was_training)
     assert stats is not None, "TokenData refuses a corpus without a held-out window"
     ce, tokens = ranks.sum(total).tolist()
-    stats, _ = ranks.sum_balance_stats(stats)
+    stats, _ = ranks.start_balance_sum(stats).wait()
     return Evaluation(ce / tokens if tokens else math.nan, int(tokens), stats.tokens_per_expert)

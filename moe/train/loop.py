@@ -102,9 +102,13 @@ class Run:
         c = self.config
         self.engine.set_lr(learning_rate(c.optim, c.train.steps, self.progress.step))
         out = self.engine.forward_backward(self.micro_batches())
+        with self.clock.balance():
+            summing = self.ranks.start_balance_sum(
+                out.stats, stop_requested
+            )  # ONE all-reduce, while the optimizer steps
         done = self.engine.step()
         with self.clock.balance():
-            stats, stop = self.ranks.sum_balance_stats(out.stats, stop_requested)
+            stats, stop = summing.wait()
             if done.applied:
                 before_LE = self.balancer.bias_LE
                 self.balancer.step(stats)  # from batch n the bias of batch n + 1
@@ -233,9 +237,18 @@ class Run:
             "data": self.data.fingerprint,
         }
 
+    def next_samples(self) -> str:
+        """A hash of the samples of the next step: a resumed run must read them, whichever version wrote the checkpoint."""
+        return self.data.order_hash(self.progress.order_hash, self.progress.step)
+
     def save(self) -> None:
         """A checkpoint of this step, unless there is one."""
-        trainer = {"progress": asdict(self.progress), "identity": self.identity(), "init_hash": self.init_hash}
+        trainer = {
+            "progress": asdict(self.progress),
+            "next_samples": self.next_samples(),
+            "identity": self.identity(),
+            "init_hash": self.init_hash,
+        }
         path = checkpoint.save(
             self.checkpoints, self.progress.step, self.state(), trainer, self.ranks, self.config.checkpoint.keep
         )
@@ -260,14 +273,20 @@ class Run:
                 raise checkpoint.CheckpointError(
                     f"{key} = {now!r} differs from {was!r} of checkpoint {path.name}: set it back, or start a new run.name"
                 )
+        progress = Progress(**trainer["progress"])
+        if trainer["next_samples"] != self.data.order_hash(progress.order_hash, progress.step):
+            raise checkpoint.CheckpointError(
+                f"the samples after step {progress.step:,} are not those of checkpoint {path.name}, which another version "
+                "wrote: use the alf-moe version of its run.json, or start a new run.name"
+            )
         state = self.state()
         checkpoint.load(path, state, self.ranks)
         self.engine.load_state_dict(state["engine"])
         self.balancer.load_state_dict(state["balancer"])
         self.balancer.publish(list(self.routers.values()))
         self.tracker.load_state_dict(state["tracker"])
-        self.tracker.read_npz(self.run_dir / "loads.npz", trainer["progress"]["step"])
-        self.progress = Progress(**trainer["progress"])
+        self.tracker.read_npz(self.run_dir / "loads.npz", progress.step)
+        self.progress = progress
 
 
 def train(config: Config, ranks: Ranks, run_dir: Path, resume: bool) -> Outcome:

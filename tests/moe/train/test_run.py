@@ -19,6 +19,7 @@ from moe.config import load
 from moe.observe.sinks import read_metrics
 from moe.parallel import build_ranks
 from moe.train import checkpoint
+from moe.train import data as token_data
 from moe.train.loop import Run, run_steps, train
 from tests.corpus import make_token_folder
 from tests.ranks import run_ranks
@@ -92,6 +93,17 @@ def test_p07_p36_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, n):
     data = make_token_folder(tmp_path / "data")
     for different, count in run_ranks(_resume, n, str(data), str(tmp_path / "run")):
         assert different == [] and count > 50
+
+
+def test_resume_refuses_another_order_of_samples(tmp_path, monkeypatch):
+    c = config(make_token_folder(tmp_path / "data"))
+    assert train(c, ALONE, tmp_path / "run", False).code == 0
+    key = token_data._key
+    monkeypatch.setattr(token_data, "_key", lambda seed, stream: key(seed + 1, stream))
+    with pytest.raises(
+        checkpoint.CheckpointError, match="the samples after step 6 are not those of checkpoint step-00000006"
+    ):
+        Run(c, ALONE, tmp_path / "run", True)
 
 
 def test_run_folder_and_metrics_are_what_the_documents_say(tmp_path):

@@ -42,10 +42,10 @@ def steps(rank, n, ep, micro, padded, mode, count=4):
         if n > 1:
             real = dist.all_reduce
             dist.all_reduce = lambda *a, real=real, **k: collectives.append(1) or real(*a, **k)
-            stats, _ = ranks.sum_balance_stats(out.stats)
+            stats, _ = ranks.start_balance_sum(out.stats).wait()
             dist.all_reduce = real
         else:
-            stats, _ = ranks.sum_balance_stats(out.stats)
+            stats, _ = ranks.start_balance_sum(out.stats).wait()
         balancer.step(stats)
         balancer.publish(list(engine.model.routers.values()))
         losses = (ranks.sum(out.losses_3) / out.tokens).tolist()
@@ -89,7 +89,7 @@ def _opposite_skew(rank, n):
     counts = torch.tensor([[8, 0], [4, 4]]) if rank == 0 else torch.tensor([[0, 8], [4, 4]])
     from moe.balance.stats import RouterStats
 
-    total, _ = build_ranks(rank, n, CPU, 1).sum_balance_stats(RouterStats(counts.sum(-1), counts))
+    total, _ = build_ranks(rank, n, CPU, 1).start_balance_sum(RouterStats(counts.sum(-1), counts)).wait()
     return maxvio(counts).tolist(), maxvio(total.tokens_per_expert).tolist()
 
 
