@@ -1,0 +1,132 @@
+"""What every bias rule shares: its state, when it moves, its options. A rule says only where the bias should go.
+
+Letters: L MoE layers, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moe.balance.bias import Gain, centred, load_error, schedule
+from moe.balance.stats import RouterStats
+from moe.config import BalanceSection
+
+State = dict[str, Tensor]
+
+
+class HasExpertBias(Protocol):
+    """A router, as far as a balancer knows it: expert_bias_E is a float32 buffer [E]."""
+
+    expert_bias_E: Tensor
+
+
+class Balancer:
+    """`none`, and the base of every method. Stepped once per applied optimizer step with the statistics of the whole
+    global batch; the bias that it computes from batch n is used from batch n + 1 on.
+
+    layers: *global* indices of the transformer layers with experts, in order. `state` holds float32 and int64 tensors
+    whose first dimension is L; "bias" [L, E] float32 is the master copy, the routers hold others.
+    """
+
+    needs: frozenset[str] = frozenset()
+    """Fields of RouterStats beyond the counts that `step` reads; the routers collect them."""
+
+    def __init__(self, section: BalanceSection, layers: Sequence[int], num_experts: int, top_k: int):
+        self.section, self.layers, self.num_experts, self.top_k = section, list(layers), num_experts, top_k
+        self.step_count = 0
+        shape = (len(self.layers), num_experts)
+        self.state: State = {"bias": torch.zeros(shape, dtype=torch.float32)} | self.initial_state(*shape)
+        self.moving_L = torch.tensor([layer not in section.frozen_layers for layer in self.layers], dtype=torch.bool)
+
+    # -- what a rule overrides -----------------------------------------------------------------------------------------
+
+    def initial_state(self, num_layers: int, num_experts: int) -> State:
+        """Further state, float32 or int64 with a leading layer dimension."""
+        return {}
+
+    def next_state(self, stats: RouterStats, n: int) -> State:
+        """Every entry of `state` after step n (from 1); pure."""
+        return {}
+
+    # -- what the loop calls -------------------------------------------------------------------------------------------
+
+    @property
+    def bias_LE(self) -> Tensor:
+        """The master bias [L, E] float32."""
+        return self.state["bias"]
+
+    def step(self, stats: RouterStats) -> None:
+        """One dual step. Frozen layers, and those that routed no token, keep all of their state.
+
+        Raises ValueError, with nothing changed, when `stats` lacks a field of `needs`.
+        """
+        if missing := [name for name in sorted(self.needs) if getattr(stats, name) is None]:
+            raise ValueError(f"balance.method = {self.section.method!r} needs the router statistics {missing}")
+        moves_L = self.moving_L & (stats.tokens > 0)
+        for name, new in self.next_state(stats, self.step_count + 1).items():
+            old = self.state[name]
+            self.state[name] = torch.where(moves_L.view(-1, *[1] * (old.dim() - 1)), new.to(old.dtype), old)
+        self.step_count += 1
+
+    def freeze(self, layer: int) -> None:
+        """Keep the bias of this global layer as it is (a frozen layer or a teacher)."""
+        self.moving_L[self.layers.index(layer)] = False
+
+    @torch.no_grad()
+    def publish(self, routers: Sequence[HasExpertBias]) -> None:
+        """Copy the master bias into the routers' `expert_bias_E` buffers, after every step and load."""
+        torch._foreach_copy_([router.expert_bias_E for router in routers], list(self.bias_LE.unbind(0)))
+
+    def to(self, device: torch.device | str) -> Balancer:
+        """Move the state; dtypes stay."""
+        self.state = {name: value.to(device) for name, value in self.state.items()}
+        self.moving_L = self.moving_L.to(device)
+        return self
+
+    def state_dict(self) -> State:
+        """Everything that the next step depends on."""
+        return {**self.state, "step_count": torch.tensor(self.step_count, dtype=torch.int64)}
+
+    def load_state_dict(self, state: State) -> None:
+        """Raises ValueError, with nothing changed, when the state is another method's or another shape's."""
+        own = self.state_dict()
+        if state.keys() != own.keys() or any(
+            state[k].shape != own[k].shape or state[k].dtype != own[k].dtype for k in own
+        ):
+            shapes = {k: tuple(v.shape) for k, v in state.items()}
+            raise ValueError(f"the saved state {shapes} is not that of balance.method = {self.section.method!r}")
+        self.step_count = int(state["step_count"])
+        self.state = {name: state[name].clone().to(own[name].device) for name in self.state}
+
+
+class BiasRule(Balancer):
+    """b += rate_n * x, centred: a rule gives the move x. `rate = "auto"` sets the rate by `Gain`.
+
+    The rate of step n is `balance.rate` times `schedule`; clipping of the load error and freezing are the same for all.
+    """
+
+    def initial_state(self, num_layers: int, num_experts: int) -> State:
+        return Gain.initial_state(num_layers, num_experts) if self.section.rate == "auto" else {}
+
+    def move(self, stats: RouterStats, error_LE: Tensor) -> tuple[Tensor, State]:
+        """x [L, E], score units, and the rule's further state. error_LE: e = (L - A) / L, float64, clipped."""
+        raise NotImplementedError
+
+    def next_state(self, stats: RouterStats, n: int) -> State:
+        s = self.section
+        error_LE = load_error(stats.tokens_per_expert)
+        if s.clip is not None:
+            error_LE = error_LE.clamp(-s.clip, s.clip)
+        move_LE, state = self.move(stats, error_LE)
+        if s.rate == "auto":
+            rate, gain_state = Gain.step(self.state, stats)
+            state |= gain_state
+        else:
+            assert isinstance(s.rate, float), "resolve() gives every bias rule a rate"
+            rate = s.rate
+        bias_LE = self.bias_LE.double() + rate * schedule(s, n) * move_LE.double()
+        return state | {"bias": centred(bias_LE) if s.centre else bias_LE.float()}

@@ -1,0 +1,151 @@
+"""Rules that ask each expert's scores for the bias that would balance it: quantile balancing and the coordinate step.
+
+    r_ik = s_ik + b_k - tau_ik            the load response: expert k holds token i iff r_ik > 0 (or = 0 and chosen)
+    R_k(d) = #{i : r_ik > -d}             its load if its own bias alone moved by d
+    q_k:  R_k(q_k) = L                    the minimiser of the batch dual along b_k
+
+tau_ik is the K-th largest biased score of the *other* experts: the (K+1)-th of all if i chose k, the K-th of all if not.
+Published quantile balancing takes the (K+1)-th for everyone (alpha_i); an expert at place K+1 then looks as if it were in.
+Letters: T tokens, K experts per token, L MoE layers, E experts, B bins.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe.balance.balancer import BiasRule, State
+from moe.balance.bias import debiased, target_load
+from moe.balance.stats import LOW_BIN, OCTAVES, RESPONSE_BINS, RouterStats
+
+
+def load_response(biased_TE: Tensor, topk_ids_TK: Tensor) -> Tensor:
+    """r_ik [T, E], dtype of biased_TE = s + b. topk_ids_TK: the chosen experts, all valid (no padding), in any order."""
+    top_k = topk_ids_TK.shape[-1]
+    places = biased_TE.topk(top_k + 1, dim=-1).values
+    threshold_TE = places[:, top_k - 1 : top_k].expand_as(biased_TE).scatter(
+        -1, topk_ids_TK, places[:, top_k:].expand(-1, top_k)
+    )  # fmt: skip
+    return biased_TE - threshold_TE
+
+
+def coordinate_minimiser(response_TE: Tensor, top_k: int) -> Tensor:
+    """q [E], exact: minus the midpoint of the floor(L)-th and (floor(L) + 1)-th largest r_ik, L = K T / E."""
+    tokens, num_experts = response_TE.shape
+    place = tokens * top_k // num_experts  # floor(L), below T because K < E
+    ordered_TE = response_TE.sort(dim=0, descending=True).values
+    above = ordered_TE[max(place - 1, 0)]  # with L < 1: half way would be infinite
+    return -(above + ordered_TE[place]) / 2
+
+
+def quantile_bias(scores_TE: Tensor, bias_E: Tensor, top_k: int) -> Tensor:
+    """The bias of quantile balancing, exact, not centred: minus the (floor(L) + 1)-th largest of s_ik - alpha_i, alpha_i
+    the (K + 1)-th largest of s_i + b (Su Jianlin's MoE series, part 6)."""
+    tokens, num_experts = scores_TE.shape
+    alpha_T1 = (scores_TE + bias_E).topk(top_k + 1, dim=-1).values[:, top_k:]
+    place = tokens * top_k // num_experts
+    return -(scores_TE - alpha_T1).topk(place + 1, dim=0).values[place]
+
+
+# -- the same from histograms ------------------------------------------------------------------------------------------
+
+
+def response_edges(device: torch.device | str = "cpu") -> Tensor:
+    """Edges [B + 1] float64 of the bins of r, ascending: two a power of two, from 2**LOW_BIN to 2**(LOW_BIN + OCTAVES) on
+    either side of 0, and one more bin next to 0; what lies outside is in the last bins."""
+    steps = torch.arange(2 * OCTAVES + 1, device=device, dtype=torch.float64)
+    # An octave [2^m, 2^(m+1)) is cut at 1.5 * 2^m: the highest bit of the mantissa.
+    positive = 2.0 ** (LOW_BIN + steps.div(2, rounding_mode="floor")) * torch.where(steps % 2 == 0, 1.0, 1.5)
+    return torch.cat([-positive.flip(0), positive.new_zeros(1), positive])
+
+
+def coordinate_minimiser_binned(histogram_LEB: Tensor, target_L1: Tensor) -> Tensor:
+    """q [L, E] float64 from the histogram of r (B ascending bins), linear inside a bin; 0 for an empty layer."""
+    edges = response_edges(histogram_LEB.device)
+    # Loads as seen from the top: tokens held when everything above an edge is held.
+    held_LEB = histogram_LEB.flip(-1).cumsum(-1).double()
+    index = torch.searchsorted(held_LEB, target_L1[..., None].expand(*held_LEB.shape[:-1], 1).contiguous())
+    index = index.clamp_max(RESPONSE_BINS - 1)
+    inside = histogram_LEB.flip(-1).gather(-1, index).double()
+    below = held_LEB.gather(-1, index) - inside
+    share = ((target_L1[..., None] - below) / inside.clamp_min(1)).clamp(0, 1)
+    upper, lower = edges.flip(0)[index], edges.flip(0)[index + 1]
+    return -(upper + share * (lower - upper)).squeeze(-1)
+
+
+def quantile_bias_binned(histogram_LEB: Tensor, low_L: Tensor, high_L: Tensor, top_k: int) -> Tensor:
+    """The bias of quantile balancing from B uniform bins of alpha_i - s_ik on [low, high]: its K / E quantile over the
+    tokens, linear inside a bin, [L, E] float64 (Kimi K3 report: pooled counts, not averaged quantiles)."""
+    bins = histogram_LEB.shape[-1]
+    rank_LE1 = (histogram_LEB.sum(-1, keepdim=True).double() * top_k / histogram_LEB.shape[1])
+    held_LEB = histogram_LEB.cumsum(-1).double()
+    index = torch.searchsorted(held_LEB, rank_LE1.contiguous()).clamp_max(bins - 1)
+    inside = histogram_LEB.gather(-1, index).double()
+    share = ((rank_LE1 - held_LEB.gather(-1, index) + inside) / inside.clamp_min(1)).clamp(0, 1)
+    width_L1 = (high_L - low_L).double()[:, None] / bins
+    return low_L.double()[:, None] + width_L1 * (index + share).squeeze(-1)
+
+
+# -- the rules ---------------------------------------------------------------------------------------------------------
+
+
+class Quantile(BiasRule):
+    """b += g (b_QB - b): quantile balancing with damping g = `balance.rate`, from the pooled histogram."""
+
+    needs = frozenset({"quantile_histogram"})
+
+    def minimiser(self, stats: RouterStats) -> Tensor:
+        """b_QB [L, E]."""
+        assert stats.quantile_histogram is not None
+        bias = self.bias_LE
+        # The bins' range that the routers used: of the bias that routed this batch.
+        return quantile_bias_binned(stats.quantile_histogram, bias.amin(-1) - 1, bias.amax(-1) + 1, self.top_k)
+
+    def move(self, stats: RouterStats, error_LE: Tensor) -> tuple[Tensor, State]:
+        move_LE = self.minimiser(stats).double() - self.bias_LE.double()
+        return move_LE - move_LE.mean(-1, keepdim=True), {}
+
+
+class Coordinate(BiasRule):
+    """b += eta x: the exact coordinate step q, made linear in the load error near balance (docs/theory.md).
+
+    x_k = the smaller in magnitude of q_k and e_k EMA|q| / EMA|e|: q is a curved function of the error, and on bursty
+    streams its mean is not 0 when the error's is. Nothing moves when nearly all chosen pairs are ties (a zero router).
+    State, per layer: "move_size", "error_size" [L, 1] (EMAs of the mean |q|, |e|), "moves" [L, 1] int64.
+    """
+
+    needs = frozenset({"response_histogram"})
+    MEMORY, INFORMATIVE = 0.9, 0.05
+
+    def initial_state(self, num_layers: int, num_experts: int) -> State:
+        return super().initial_state(num_layers, num_experts) | {
+            "move_size": torch.zeros(num_layers, 1),
+            "error_size": torch.zeros(num_layers, 1),
+            "moves": torch.zeros(num_layers, 1, dtype=torch.int64),
+        }
+
+    def minimiser(self, stats: RouterStats) -> Tensor:
+        """q [L, E]."""
+        assert stats.response_histogram is not None
+        return coordinate_minimiser_binned(stats.response_histogram, target_load(stats.tokens_per_expert))
+
+    def informative(self, stats: RouterStats) -> Tensor:
+        """[L, 1] bool: enough of the chosen pairs are not ties."""
+        assert stats.response_histogram is not None
+        tied_L = stats.response_histogram[..., RESPONSE_BINS // 2].sum(-1)
+        pairs_L = stats.tokens_per_expert.sum(-1)
+        return (pairs_L - tied_L > self.INFORMATIVE * pairs_L)[:, None]
+
+    def move(self, stats: RouterStats, error_LE: Tensor) -> tuple[Tensor, State]:
+        q_LE, s = self.minimiser(stats).double(), self.state
+        told_L1 = self.informative(stats)
+        keep = self.MEMORY
+        size = {
+            "move_size": keep * s["move_size"].double() + (1 - keep) * q_LE.abs().mean(-1, keepdim=True),
+            "error_size": keep * s["error_size"].double() + (1 - keep) * error_LE.abs().mean(-1, keepdim=True),
+            "moves": s["moves"] + 1,
+        }
+        slope_L1 = size["move_size"] / size["error_size"].clamp_min(1e-300)
+        linear_LE = error_LE * slope_L1
+        move_LE = torch.where(linear_LE.abs() < q_LE.abs(), linear_LE, q_LE)
+        return torch.where(told_L1, move_LE, 0.0), {k: torch.where(told_L1, v, s[k]) for k, v in size.items()}
