@@ -153,13 +153,41 @@ class TrainSection(Section):
     """What runs the model."""
 
 
+RATES: dict[str, float | str] = {
+    "sign": 1e-3,
+    "proportional": 1e-2,
+    "rms": 1e-3,
+    "smebu": 5e-4,
+    "quantile": 1.0,
+    "coordinate": "auto",
+}
+"""Default of balance.rate by method: published values where there are any (docs/theory.md)."""
+
+
 class BalanceSection(Section):
-    method: Literal["none", "sign"] = "sign"
+    method: Literal["none", "sign", "proportional", "rms", "smebu", "quantile", "coordinate"] = "coordinate"
     """How the expert bias is chosen after each step (docs/theory.md)."""
-    rate: PositiveFloat | None = None
-    """Step size u of the bias update, in score units; default: 1e-3 for `sign`."""
+    rate: Annotated[PositiveFloat | Literal["auto"] | None, Field(union_mode="left_to_right")] = None
+    """Step size of the bias update: score units for sign, proportional, rms and smebu, the share of the way for quantile
+    and coordinate; auto: set by the whiteness of successive load errors. Default: RATES of moe/config.py."""
+    schedule: Literal["constant", "inverse_sqrt", "inverse", "linear"] = "constant"
+    """The rate at step n: u, u/sqrt(n + n0), u/(n + n0), or linear to 0 at freeze_step."""
+    schedule_offset: NonNegativeFloat = 0.0
+    """n0 of the schedules inverse and inverse_sqrt."""
+    warmup_steps: NonNegative = 0
+    """Steps of linear warm-up of the rate."""
+    freeze_step: Positive | None = None
+    """From this step on the bias stays; default: never (schedule linear: the last step)."""
+    frozen_layers: list[NonNegative] = []
+    """Layers, counted from 0, whose bias never moves."""
+    clip: PositiveFloat | None = None
+    """Limit of the normalised load error |(L - A) / L| that a rule sees; default: none."""
     centre: bool = True
     """Subtract the mean of the bias after each update: does not change the routing, stops drift."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """smebu: beta of the momentum."""
+    kappa: PositiveFloat = 2.0
+    """smebu: slope of tanh(kappa e)."""
     aux_loss: NonNegativeFloat = 0.0
     """Coefficient of the auxiliary balance loss E * sum_k f_k P_k over a micro-batch."""
     z_loss: NonNegativeFloat = 0.0
@@ -230,8 +258,14 @@ def load(files: list[str], overrides: list[str] | None = None) -> Config:
         raise ConfigError("--config is missing: name at least one TOML file, for example --config configs/tiny.toml")
     tree: dict[str, Any] = {}
     for file in files:
-        _merge(tree, _read_toml(file))
-    for path, value in _parse_overrides(overrides or []):
+        layer = _read_toml(file)
+        _forget_rate(tree, layer)
+        _merge(tree, layer)
+    parsed = _parse_overrides(overrides or [])
+    _forget_rate(
+        tree, {"balance": {path[1]: value for path, value in parsed if path[0] == "balance" and len(path) == 2}}
+    )
+    for path, value in parsed:
         _set(tree, path, value)
     if isinstance(run := tree.setdefault("run", {}), dict):
         run.setdefault("name", Path(files[-1]).stem)
@@ -263,6 +297,13 @@ def _merge(into: dict[str, Any], tree: dict[str, Any]) -> None:
             _merge(into[key], value)
         else:
             into[key] = value
+
+
+def _forget_rate(tree: dict[str, Any], layer: dict[str, Any]) -> None:
+    # A rate is meant for its method: a later file or override that names another method starts from that one's default.
+    old, new = tree.get("balance"), layer.get("balance")
+    if isinstance(old, dict) and isinstance(new, dict) and new.get("method", old.get("method")) != old.get("method"):
+        old.pop("rate", None)
 
 
 def _parse_overrides(words: list[str]) -> list[tuple[list[str], Any]]:
@@ -316,6 +357,8 @@ def _fields_at(path: tuple[Any, ...]) -> dict[str, FieldInfo]:
 def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
     where, value, context = first["loc"], first["input"], first.get("ctx", {})
+    if where[:2] == ("balance", "rate"):
+        where = where[:2]  # without the branch of the union
     path = ".".join(str(key) for key in where)
     match first["type"]:
         case "extra_forbidden":
@@ -369,6 +412,7 @@ def resolve(config: Config, world_size: int = 1, cuda: bool = False) -> Config:
     _check_model(config)
     _check_ranks(config, world_size)
     _check_steps(config)
+    _check_balance(config)
     m, t, b = config.model, config.train, config.balance
     return config.model_copy(
         update={
@@ -385,7 +429,12 @@ def resolve(config: Config, world_size: int = 1, cuda: bool = False) -> Config:
                     "compute_dtype": t.compute_dtype or ("bfloat16" if cuda else "float32"),
                 }
             ),
-            "balance": b.model_copy(update={"rate": None if b.method == "none" else b.rate or 1e-3}),
+            "balance": b.model_copy(
+                update={
+                    "rate": None if b.method == "none" else b.rate or RATES[b.method],
+                    "freeze_step": b.freeze_step or (t.steps if b.schedule == "linear" else None),
+                }
+            ),
         }
     )
 
@@ -462,6 +511,30 @@ def _check_steps(config: Config) -> None:
         name is None or (name not in ("", ".", "..") and "/" not in name and not name.startswith("-")),
         f"run.name = {name!r} is not a folder name: use letters, digits, '.', '_' and '-'",
     )
+
+
+def _check_balance(config: Config) -> None:
+    b, m = config.balance, config.model
+    auto = ("proportional", "quantile", "coordinate")
+    _require(
+        b.rate != "auto" or b.method in (*auto, "none"),
+        f"balance.rate = 'auto' does not fit balance.method = {b.method!r}, whose step is no measure of the error: "
+        f"set a number, or a method of {', '.join(auto)}",
+    )
+    _require(
+        not (b.method == "quantile" and isinstance(b.rate, float) and b.rate > 2),
+        f"balance.rate = {b.rate} is more than 2 for balance.method = 'quantile', which then diverges: set 0.1 to 1",
+    )
+    _require(
+        not (b.method == "coordinate" and isinstance(b.rate, float) and b.rate > 2),
+        f"balance.rate = {b.rate} is more than 2 for balance.method = 'coordinate', which then diverges: set 'auto'",
+    )
+    for layer in b.frozen_layers:
+        _require(
+            m.first_k_dense <= layer < m.num_layers,
+            f"balance.frozen_layers has {layer}, which is no MoE layer: name layers from {m.first_k_dense} to "
+            f"{m.num_layers - 1}",
+        )
 
 
 def to_toml(config: Config) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moe.balance.balancer import BiasRule, State
-from moe.balance.bias import debiased, target_load
+from moe.balance.bias import target_load
 from moe.balance.stats import LOW_BIN, OCTAVES, RESPONSE_BINS, RouterStats
 
 
@@ -77,7 +77,7 @@ def quantile_bias_binned(histogram_LEB: Tensor, low_L: Tensor, high_L: Tensor, t
     """The bias of quantile balancing from B uniform bins of alpha_i - s_ik on [low, high]: its K / E quantile over the
     tokens, linear inside a bin, [L, E] float64 (Kimi K3 report: pooled counts, not averaged quantiles)."""
     bins = histogram_LEB.shape[-1]
-    rank_LE1 = (histogram_LEB.sum(-1, keepdim=True).double() * top_k / histogram_LEB.shape[1])
+    rank_LE1 = histogram_LEB.sum(-1, keepdim=True).double() * top_k / histogram_LEB.shape[1]
     held_LEB = histogram_LEB.cumsum(-1).double()
     index = torch.searchsorted(held_LEB, rank_LE1.contiguous()).clamp_max(bins - 1)
     inside = histogram_LEB.gather(-1, index).double()
@@ -111,7 +111,7 @@ class Coordinate(BiasRule):
 
     x_k = the smaller in magnitude of q_k and e_k EMA|q| / EMA|e|: q is a curved function of the error, and on bursty
     streams its mean is not 0 when the error's is. Nothing moves when nearly all chosen pairs are ties (a zero router).
-    State, per layer: "move_size", "error_size" [L, 1] (EMAs of the mean |q|, |e|), "moves" [L, 1] int64.
+    State, per layer: "move_size", "error_size" [L, 1] (EMAs of the mean |q|, |e|: of equal age, so only their ratio counts).
     """
 
     needs = frozenset({"response_histogram"})
@@ -121,7 +121,6 @@ class Coordinate(BiasRule):
         return super().initial_state(num_layers, num_experts) | {
             "move_size": torch.zeros(num_layers, 1),
             "error_size": torch.zeros(num_layers, 1),
-            "moves": torch.zeros(num_layers, 1, dtype=torch.int64),
         }
 
     def minimiser(self, stats: RouterStats) -> Tensor:
@@ -143,7 +142,6 @@ class Coordinate(BiasRule):
         size = {
             "move_size": keep * s["move_size"].double() + (1 - keep) * q_LE.abs().mean(-1, keepdim=True),
             "error_size": keep * s["error_size"].double() + (1 - keep) * error_LE.abs().mean(-1, keepdim=True),
-            "moves": s["moves"] + 1,
         }
         slope_L1 = size["move_size"] / size["error_size"].clamp_min(1e-300)
         linear_LE = error_LE * slope_L1

@@ -1,32 +1,125 @@
-"""RouterStats: what a router returns about a batch. Only integer sums: they add exactly over micro-batches and ranks."""
+"""RouterStats: what a router returns about a batch. Only integer sums: they add exactly over micro-batches and ranks.
+
+Letters: T tokens, K experts per token, L MoE layers, E experts, B bins.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+FIXED_POINT = 2.0**32  # dual_sum and prob_sum count in units of 2**-32
+LOW_BIN, OCTAVES = -20, 21  # |r| from 1e-6 to 2, two bins an octave
+RESPONSE_BINS = 2 * (2 * OCTAVES + 1)
+QUANTILE_BINS = 1000
+
 
 class RouterStats(NamedTuple):
-    """tokens [] or [L] int64: real tokens routed; tokens_per_expert [E] or [L, E] int64: the load A_k."""
+    """Int64 tensors, each with a leading L once stacked. Beyond the first two they are None unless asked for.
+
+    tokens []: real tokens routed. tokens_per_expert [E]: the load A_k. dual_sum []: sum_i TopKSum(s_i + b), fixed point.
+    prob_sum [E]: sum_i of the scores divided by their sum, fixed point. response_histogram [E, B]: of the load response
+    r_ik (`moe.balance.quantile`), ascending; its upper half is A_k. quantile_histogram [E, B]: of alpha_i - s_ik in uniform
+    bins on [min b - 1, max b + 1].
+    """
 
     tokens: Tensor
     tokens_per_expert: Tensor
+    dual_sum: Tensor | None = None
+    prob_sum: Tensor | None = None
+    response_histogram: Tensor | None = None
+    quantile_histogram: Tensor | None = None
+
+
+@torch.no_grad()
+def collect(
+    needs: Set[str],
+    scores_TE: Tensor,
+    bias_E: Tensor,
+    topk_ids_TK: Tensor,
+    counts_E: Tensor,
+    token_mask_T: Tensor | None = None,
+) -> RouterStats:
+    """The statistics of one layer's micro-batch. scores_TE, bias_E: float32. topk_ids_TK: -1 for padding.
+
+    needs: names of the optional fields to fill.
+    """
+    top_k = topk_ids_TK.shape[-1]
+    stats = RouterStats(counts_E.sum().div(top_k, rounding_mode="floor"), counts_E)
+    if not needs:
+        return stats
+    biased_TE = scores_TE + bias_E
+    ids_TK = topk_ids_TK.clamp_min(0)
+    fields = {}
+    if "dual_sum" in needs:
+        fields["dual_sum"] = _fixed_point(biased_TE.gather(-1, ids_TK).sum(-1), token_mask_T).sum()
+    if "prob_sum" in needs:
+        probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        fields["prob_sum"] = _fixed_point(probs_TE, token_mask_T).sum(0)
+    if "response_histogram" in needs:
+        fields["response_histogram"] = response_histogram(biased_TE, ids_TK, token_mask_T)
+    if "quantile_histogram" in needs:
+        fields["quantile_histogram"] = quantile_histogram(scores_TE, bias_E, top_k, token_mask_T)
+    return stats._replace(**fields)
+
+
+def _fixed_point(values: Tensor, mask_T: Tensor | None) -> Tensor:
+    fixed = (values.double() * FIXED_POINT).round().long()
+    if mask_T is None:
+        return fixed
+    return torch.where(mask_T.view(-1, *[1] * (fixed.dim() - 1)), fixed, 0)
+
+
+def response_histogram(biased_TE: Tensor, topk_ids_TK: Tensor, token_mask_T: Tensor | None) -> Tensor:
+    """Histogram [E, B] int64 of the load response. The bin is read off the exponent and the first bit of the mantissa; the
+    side is the choice itself, so that a tie at the boundary counts where it was routed."""
+    top_k, half = topk_ids_TK.shape[-1], RESPONSE_BINS // 2
+    places = biased_TE.topk(top_k + 1, dim=-1).values
+    size_TE = (places[:, top_k - 1 : top_k] - biased_TE).abs_()
+    size_TE.scatter_(-1, topk_ids_TK, (biased_TE.gather(-1, topk_ids_TK) - places[:, top_k:]).abs_())
+    bin_TE = (size_TE.view(torch.int32) >> 22).sub_(((LOW_BIN + 127) << 1) - 1).clamp_(0, half - 1).long()
+    chosen_TK = half + bin_TE.gather(-1, topk_ids_TK)
+    bin_TE.neg_().add_(half - 1).scatter_(-1, topk_ids_TK, chosen_TK)
+    return _count(bin_TE, RESPONSE_BINS, token_mask_T)
+
+
+def quantile_histogram(scores_TE: Tensor, bias_E: Tensor, top_k: int, token_mask_T: Tensor | None) -> Tensor:
+    """Histogram [E, B] int64 of alpha_i - s_ik, alpha_i the (K + 1)-th largest of s_i + b, on [min b - 1, max b + 1]."""
+    low, high = bias_E.min() - 1, bias_E.max() + 1
+    alpha_T1 = (scores_TE + bias_E).topk(top_k + 1, dim=-1).values[:, top_k:]
+    place_TE = (alpha_T1 - scores_TE - low) * (QUANTILE_BINS / (high - low))
+    return _count(place_TE.long().clamp_(0, QUANTILE_BINS - 1), QUANTILE_BINS, token_mask_T)
+
+
+def _count(bin_TE: Tensor, bins: int, mask_T: Tensor | None) -> Tensor:
+    experts = bin_TE.shape[-1]
+    flat = bin_TE + bins * torch.arange(experts, device=bin_TE.device)
+    if mask_T is not None:
+        flat = torch.where(mask_T[:, None], flat, experts * bins)
+    counts = torch.zeros(experts * bins + 1, dtype=torch.int64, device=bin_TE.device)
+    counts.scatter_add_(0, flat.reshape(-1), counts.new_ones(1).expand(flat.numel()))
+    return counts[:-1].view(experts, bins)
+
+
+def _fields(stats: RouterStats) -> dict[str, Tensor]:
+    return {name: value for name, value in stats._asdict().items() if value is not None}
 
 
 def stack(stats: list[RouterStats]) -> RouterStats:
     """One RouterStats with a leading layer dimension."""
-    return RouterStats(*(torch.stack(field) for field in zip(*stats, strict=True)))
+    return RouterStats(**{name: torch.stack([getattr(s, name) for s in stats]) for name in _fields(stats[0])})
 
 
 def add(a: RouterStats, b: RouterStats) -> RouterStats:
     """The statistics of both micro-batches together."""
-    return RouterStats(*(x + y for x, y in zip(a, b, strict=True)))
+    return RouterStats(**{name: value + getattr(b, name) for name, value in _fields(a).items()})
 
 
 def zeros(num_layers: int, num_experts: int, device: torch.device | str = "cpu") -> RouterStats:
-    """The statistics of no token."""
+    """The statistics of no token, without optional fields."""
     return RouterStats(
         torch.zeros(num_layers, dtype=torch.int64, device=device),
         torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device),
@@ -35,10 +128,11 @@ def zeros(num_layers: int, num_experts: int, device: torch.device | str = "cpu")
 
 def flatten(stats: RouterStats) -> Tensor:
     """One int64 vector, so that all layers and fields travel in one all-reduce."""
-    return torch.cat([field.reshape(-1) for field in stats])
+    return torch.cat([field.reshape(-1) for field in _fields(stats).values()])
 
 
 def unflatten(flat: Tensor, like: RouterStats) -> RouterStats:
     """The inverse of `flatten`, in the shapes of `like`."""
-    parts = flat.split([field.numel() for field in like])
-    return RouterStats(*(part.view_as(field) for part, field in zip(parts, like, strict=True)))
+    fields = _fields(like)
+    parts = flat.split([field.numel() for field in fields.values()])
+    return RouterStats(**{name: part.view_as(fields[name]) for part, name in zip(parts, fields, strict=True)})

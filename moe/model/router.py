@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from kernels.permute import count_tokens
 from kernels.router_topk import router_topk
+from moe.balance import BALANCERS
 from moe.balance.losses import aux_loss, z_loss
-from moe.balance.stats import RouterStats
+from moe.balance.stats import RouterStats, collect
 from moe.config import BalanceSection, ModelSection
 
 
@@ -47,6 +48,7 @@ class Router(nn.Module):
     def __init__(self, model: ModelSection, balance: BalanceSection):
         super().__init__()
         self.model, self.balance = model, balance
+        self.needs = BALANCERS[balance.method].needs
         self.weight = nn.Parameter(torch.empty(model.num_experts, model.dim, dtype=torch.float32))
         self.register_buffer("expert_bias_E", torch.zeros(model.num_experts, dtype=torch.float32))
 
@@ -71,9 +73,9 @@ class Router(nn.Module):
             m.routed_scaling_factor,
             token_mask_T,
         )
-        with torch.no_grad():
-            counts_E = count_tokens(topk_ids_TK, m.num_experts)
-            stats = RouterStats(counts_E.sum().div(m.top_k, rounding_mode="floor"), counts_E)
+        counts_E = count_tokens(topk_ids_TK, m.num_experts)
+        needs = self.needs if self.training else frozenset()
+        stats = collect(needs, scores_TE.detach(), self.expert_bias_E, topk_ids_TK, counts_E, token_mask_T)
         losses = self._losses(logits_TE, scores_TE, counts_E, token_mask_T)
         return Routing(topk_weights_TK, topk_ids_TK, stats, losses, token_mask_T is not None)
 

@@ -72,7 +72,7 @@ class Run:
         self.engine: Engine = build_engine(config, ranks, self.data.eos_id)
         self.routers = self.engine.model.routers
         layers, experts = list(self.routers), config.model.num_experts
-        self.balancer: Balancer = build_balancer(config.balance, layers, experts).to(ranks.device)
+        self.balancer: Balancer = build_balancer(config.balance, layers, experts, config.model.top_k).to(ranks.device)
         self.tracker = load.LoadTracker(layers, experts, config.model.top_k, config.parallel.ep, ranks.device)
         self.init_hash = weights_hash(self.engine.model, ranks)
         self.progress = Progress()

@@ -33,7 +33,7 @@ def steps(rank, n, ep, micro, padded, mode, count=4):
     config = tiny_config(n, parallel__ep=ep, balance__z_loss=1e-3, train__activation_checkpointing=mode)
     ranks = build_ranks(rank, n, CPU, ep)
     engine = NativeEngine(config, ranks, 0)
-    balancer = build_balancer(config.balance, list(engine.model.routers), 8)
+    balancer = build_balancer(config.balance, list(engine.model.routers), 8, config.model.top_k)
     collectives = []
     rows = []
     for step in range(count):
