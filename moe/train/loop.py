@@ -25,7 +25,7 @@ from moe.observe import cost, load
 from moe.observe.sinks import Sinks
 from moe.parallel import Ranks
 from moe.train import checkpoint
-from moe.train.data import Batch, TokenData
+from moe.train.data import Batch, DataError, TokenData
 from moe.train.device import (
     Clock,
     Profiler,
@@ -65,10 +65,7 @@ class Run:
     def __init__(self, config: Config, ranks: Ranks, run_dir: Path, resume: bool):
         self.config, self.ranks, self.run_dir = config, ranks, run_dir
         self.flags = set_deterministic() if config.train.deterministic else []
-        d = config.data
-        self.data = TokenData.open(
-            d.path, d.seq_len, dict(d.mix), config.run.seed, config.model.vocab_size, config.train.batch_size
-        )
+        self.data = self._open_data()
         self.engine: Engine = build_engine(config, ranks, self.data.eos_id)
         self.routers = self.engine.model.routers
         layers, experts = list(self.routers), config.model.num_experts
@@ -86,6 +83,19 @@ class Run:
 
         self.sinks = Sinks(run_dir, config, self.describe(), self.progress.wandb_id, enabled=ranks.is_main)
         self.progress.wandb_id = ranks.broadcast_object(self.sinks.wandb_id)  # type: ignore[assignment]
+
+    def _open_data(self) -> TokenData:
+        # A rank that cannot read what others can (another machine's disk) stops all of them, instead of leaving them to wait.
+        c, d, problem, data = self.config, self.config.data, None, None
+        try:
+            data = TokenData.open(d.path, d.seq_len, dict(d.mix), c.run.seed, c.model.vocab_size, c.train.batch_size)
+        except DataError as error:
+            problem = str(error)
+        for rank, found in enumerate(self.ranks.gather_objects(problem)):
+            if found is not None:
+                raise DataError(found if rank == 0 else f"{found} (on rank {rank})")
+        assert data is not None
+        return data
 
     # -- one step ------------------------------------------------------------------------------------------------------
 

@@ -134,6 +134,19 @@ def test_initial_weights_hash_does_not_depend_on_the_layout(tmp_path):
     assert run_ranks(_init_hash, 2, str(data), 2) == [alone, alone]
 
 
+def test_a_rank_without_data_stops_all(tmp_path):
+    data = make_token_folder(tmp_path / "data")
+    for message in run_ranks(_data_on_rank_0_only, 2, str(data), timeout_s=60):
+        assert "does not exist" in message and message.endswith("(on rank 1)")
+
+
+def _data_on_rank_0_only(rank, n, data):
+    c = config(data if rank == 0 else data + "-absent", n)
+    with pytest.raises(token_data.DataError) as error:
+        Run(c, build_ranks(rank, n, CPU, 1), Path(data), False)
+    return str(error.value)
+
+
 def _init_hash(rank, n, data, ep):
     return Run(config(data, n, parallel__ep=ep), build_ranks(rank, n, CPU, ep), Path(data), False).init_hash
 
