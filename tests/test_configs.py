@@ -60,6 +60,21 @@ def test_tiny_needs_an_even_number_of_ranks():
         config("tiny", 3)
 
 
+@pytest.mark.parametrize(
+    ("experts", "top_k", "ep", "says"),
+    [
+        (9, 2, 2, r"parallel\.ep = 2 does not divide model\.num_experts = 9"),
+        (16, 16, 2, r"model\.top_k = 16 leaves nothing to choose from model\.num_experts = 16"),
+        (16, 17, 2, r"model\.top_k = 17 leaves nothing to choose from model\.num_experts = 16"),
+    ],
+)
+def test_p32_experts_that_do_not_divide_or_suffice_are_one_error(experts, top_k, ep, says):
+    good = config("tiny", 2)
+    model = good.model.model_copy(update={"num_experts": experts, "top_k": top_k})
+    with pytest.raises(ConfigError, match=says):
+        resolve(good.model_copy(update={"model": model, "parallel": good.parallel.model_copy(update={"ep": ep})}), 2)
+
+
 # By hand: embedding and head 2 V D; attention of equal heads 4 D² a layer; an expert 3 D F; router E D; norms
 # (2 layers + 1) D.
 BY_HAND = {

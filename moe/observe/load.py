@@ -82,7 +82,9 @@ def late_counts(history: History, share: float) -> np.ndarray:
     """Counts [L, E] summed over the rows that lie in the last `share` of the steps."""
     if len(history.steps) == 0:
         return np.zeros(history.counts.shape[1:], dtype=np.int64)
-    late = history.steps > history.steps[-1] * (1 - share)
+    begins = np.concatenate([[0], history.steps[:-1]])
+    late = begins >= history.steps[-1] * (1 - share)
+    late[-1] = True  # one row longer than the window: better that than nothing
     return history.counts[late].sum(axis=0)
 
 

@@ -71,7 +71,7 @@ def test_flops_of_a_tied_head_are_counted():
     assert cost.flops_per_token(tiny_config(model__tie_embeddings=True)) == cost.flops_per_token(tiny_config())
 
 
-def test_mfu_counts_active_parameters_only():
+def test_p42_mfu_counts_active_parameters_only():
     few, many = tiny_config(model__num_experts=8), tiny_config(model__num_experts=16)
     router = 6 * 2 * 8 * 32
     assert cost.flops_per_token(many) - cost.flops_per_token(few) == router

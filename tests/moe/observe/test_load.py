@@ -103,7 +103,7 @@ def test_names_of_a_hundred_layers_sort_by_layer():
     assert sorted(names) == names
 
 
-def test_load_planted_in_layer_10_appears_under_layer_10():
+def test_p39_load_planted_in_layer_10_appears_under_layer_10():
     layers = list(range(1, 13))
     rows = torch.full((12, 4), 4, dtype=torch.int64)
     rows[layers.index(10)] = torch.tensor([16, 0, 0, 0])
@@ -117,7 +117,7 @@ def test_load_planted_in_layer_10_appears_under_layer_10():
     assert metrics["moe/maxvio_batch/mean"] == pytest.approx(3 / 12)
 
 
-def test_number_of_keys_does_not_grow_with_experts():
+def test_p30_number_of_keys_does_not_grow_with_experts():
     def keys(layers, experts):
         tracker = LoadTracker(range(layers), experts, 2, ep=1)
         stepped(tracker, torch.ones(layers, experts, dtype=torch.int64) * 2)
@@ -239,6 +239,17 @@ def test_late_window_is_the_last_fifth_and_sums_before_the_ratio():
     assert load.late_maxvio(tracker.history(), share=0.2) == [0.0]  # 10 and 10; each batch alone has 0.2
     assert load.late_maxvio(tracker.history(), share=1.0) == [pytest.approx(0.8)]
     assert load.late_idle(tracker.history(), share=0.2) == 0
+
+
+def test_a_row_that_begins_before_the_late_window_does_not_count():
+    tracker = LoadTracker([0], 2, 1, ep=1)
+    for step in range(1, 11):
+        stepped(tracker, counts([10, 0]) if step <= 8 else counts([5, 5]))
+        if step in (3, 8, 10) or step == 6:
+            tracker.metrics(step, zeros_LE(1, 2))
+    # rows end at 3, 6, 8, 10: the last 30 % are steps 8 to 10, and step 8 shares its row with step 7
+    assert load.late_maxvio(tracker.history(), share=0.3) == [0.0]
+    assert load.late_maxvio(tracker.history(), share=0.1) == [0.0]  # less than a row: the last one
 
 
 def test_model_without_experts_reports_nothing():

@@ -231,7 +231,7 @@ class FakeWandb:
         return self.run
 
 
-def test_step_is_a_metric_of_its_own_and_never_an_argument(tmp_path, monkeypatch):
+def test_p45_step_is_a_metric_of_its_own_and_never_an_argument(tmp_path, monkeypatch):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     out = Sinks(tmp_path, tiny_config(observe__wandb="offline"), ABOUT, "kept")

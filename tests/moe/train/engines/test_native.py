@@ -61,7 +61,7 @@ def reference(request):
 @pytest.mark.parametrize(
     ("n", "ep", "micro", "mode"), [(1, 1, 2, "none"), (2, 1, 4, "none"), (2, 2, 2, "full"), (4, 2, 1, "selective")]
 )
-def test_p01_p02_p22_p25_layouts_and_micro_batches_agree(reference, n, ep, micro, mode):
+def test_p01_p02_p22_p25_p29_layouts_and_micro_batches_agree(reference, n, ep, micro, mode):
     padded, expected = reference
     results = run_ranks(steps, n, ep, micro, padded, mode)
     for rows, collectives in results:
