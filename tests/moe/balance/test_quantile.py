@@ -114,6 +114,26 @@ def test_quantile_histogram_equals_the_exact_form_within_one_bin(score):
     assert (binned - quantile_bias(scores, bias, 2).double()).abs().max() <= width * 1.001
 
 
+def test_coordinate_moves_by_the_smaller_of_the_minimiser_and_the_linear_step():
+    b = build_balancer(BalanceSection(method="coordinate", rate=0.7, centre=False), [0], 8, 2)
+    sizes = [0.0, 0.0]
+    expected = torch.zeros(8, dtype=torch.float64)
+    linear = curved = 0
+    for seed in range(6):
+        scores, _ = draw(300, 8, seed)
+        stats = routed(scores, b.bias_LE[0], 2, b.needs)
+        q = coordinate_minimiser_binned(stats.response_histogram[None], torch.tensor([[75.0]]).double())[0]
+        e = 1 - stats.tokens_per_expert.double() / 75
+        sizes = [0.9 * sizes[0] + 0.1 * q.abs().mean().item(), 0.9 * sizes[1] + 0.1 * e.abs().mean().item()]
+        for k in range(8):
+            line = e[k] * sizes[0] / sizes[1]
+            linear, curved = linear + bool(line.abs() < q[k].abs()), curved + bool(line.abs() >= q[k].abs())
+            expected[k] += 0.7 * (line if line.abs() < q[k].abs() else q[k])
+        b.step(type(stats)(*(None if field is None else field[None] for field in stats)))
+        torch.testing.assert_close(b.bias_LE[0].double(), expected, atol=1e-5, rtol=1e-4)
+    assert linear > 5 and curved > 5
+
+
 # -- as rules ----------------------------------------------------------------------------------------------------------
 
 

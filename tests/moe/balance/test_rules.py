@@ -154,11 +154,16 @@ def test_gain_is_reset_by_a_jump_and_not_by_a_larger_batch():
     calm = [5, -5] * 10
     assert gains([*calm, -5, -30])[-1] == Gain.HIGH
     assert gains([*calm, -5, 30])[-1] < 0.1  # as far, but to the other side: noise, not a jump
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 100), (100, 1)])
+def test_gain_takes_the_size_of_the_batch_for_what_it_is(before, after):
+    # A hundred times the tokens have ten times the sampling error in tokens and a tenth of it relatively: no jump.
     state, last = Gain.initial_state(1, 4), None
     for n in range(22):
-        scale = 1 if n < 20 else 100  # a hundred times the tokens: sampling errors are ten times as many tokens
-        e = 5 * (1 if n % 2 else -1) * int(scale**0.5) if n < 21 else 50
-        last, state = Gain.step(state, loads([100 * scale - e, 100 * scale + e, 100 * scale, 100 * scale]))
+        scale = before if n < 21 else after
+        error = (5 if n in (20, 21) or n % 2 else -5) * round(scale**0.5)
+        last, state = Gain.step(state, loads([100 * scale - error, 100 * scale + error, 100 * scale, 100 * scale]))
     assert last is not None and last.item() < 0.1
 
 
@@ -233,6 +238,18 @@ def test_p01_every_method_is_bit_identical_on_1_2_and_4_ranks():
                 for name, value in state.items():
                     assert np.array_equal(value, found[method][name]), (method, name, n)
     assert all(np.abs(state["bias"]).max() > 1e-4 for state in alone.values())
+
+
+@pytest.mark.parametrize("method", RULES)
+def test_p11_padding_equals_removal_in_every_statistic(method):
+    b = balancer(method, experts=8)
+    scores = torch.rand(60, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(60) % 3 > 0
+    needs = {*b.needs, "dual_sum", "prob_sum"}
+    for x, y in zip(
+        routed(scores, torch.zeros(8), 2, needs, mask), routed(scores[mask], torch.zeros(8), 2, needs), strict=True
+    ):
+        assert (x is None and y is None) or torch.equal(x, y)
 
 
 @pytest.mark.parametrize("method", RULES)
