@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 scripts/bench_balance_cost.py [--config configs/tiny.toml] [--blocks 40]
 
-Sections: the counts in the forward, the all-reduce (start and wait), the bias step, publishing it, the load statistics and
+Sections: the counts and further statistics in the forward, the all-reduce (start and wait), the bias step, publishing it, the load statistics and
 the metrics of the logged lines; their sum over the step time, without the sinks.
 A/B: two runs in the same processes, one with the configured method, one with none, take turns in blocks of BLOCK steps;
 which of them goes first alternates. Once as trained (so B also has the step time of unbalanced experts), once with the
@@ -93,6 +93,7 @@ def main() -> None:
     rank, world_size, device = join_ranks()
     ranks = build_ranks(rank, world_size, device, load(options.config, []).parallel.ep)
     timed(moe.model.router, "count_tokens", "counts in the forward")
+    timed(moe.model.router, "collect", "further statistics in the forward")
     timed(Ranks, "start_balance_sum", "all-reduce, start")
     timed(BalanceSum, "wait", "all-reduce, wait")
     timed(Balancer, "step", "bias step")
@@ -124,7 +125,7 @@ def report(title: str, a: list[float], b: list[float], share: float) -> None:
     print(f"  A/B               {100 * mean:+.2f} % [{100 * (mean - half):+.2f}, {100 * (mean + half):+.2f}]")
     print(f"  timed sections    {100 * share:.3f} % of the step")
     for label, value in sorted(TOTAL.items(), key=lambda item: -item[1]):
-        print(f"    {label:<22} {100 * value / sum(a):.3f} %")
+        print(f"    {label:<33} {100 * value / sum(a):.3f} %")
 
 
 if __name__ == "__main__":
