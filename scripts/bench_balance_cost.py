@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 scripts/bench_balance_cost.py [--config configs/tiny.toml] [--blocks 40]
 
-Sections: the counts and further statistics in the forward, the all-reduce (start and wait), the bias step, publishing it, the load statistics and
-the metrics of the logged lines; their sum over the step time, without the sinks.
+Sections: the counts and further statistics in the forward, the all-reduce (start and wait), the bias step, publishing
+it, the load statistics and the metrics of the logged lines; their sum over the step time, without the sinks.
 A/B: two runs in the same processes, one with the configured method, one with none, take turns in blocks of BLOCK steps;
 which of them goes first alternates. Once as trained (so B also has the step time of unbalanced experts), once with the
 learning rate 0 and the bias frozen at 0 by rate 1e-12 (the same routing in both: the machinery of the bias step alone).
