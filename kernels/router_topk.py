@@ -4,8 +4,10 @@
     topk_ids_TK = TopK_k(scores_TE + expert_bias_E)               the bias selects ...
     topk_weights_TK = scores_TE at topk_ids_TK (/ their sum) * scaling     ... and never weighs (arXiv:2408.15664, eq. 3)
 
-Ties go to the lowest expert index, so that a recomputation chooses the same experts.
-Letters: T tokens, E experts, K experts per token.
+Group-limited (DeepSeek-V3, arXiv:2412.19437, section 2.1.2): only the experts of the best `group_top_k` of `num_groups`
+contiguous groups; the score of a group is the sum of its two best biased scores.
+Ties go to the lowest expert (and group) index, so that a recomputation chooses the same experts.
+Letters: T tokens, E experts, K experts per token, G groups.
 """
 
 from __future__ import annotations
@@ -38,6 +40,42 @@ def topk_lowest_index(values_TE: Tensor, top_k: int) -> Tensor:
     return num_experts - 1 - keys.topk(top_k, dim=-1).values.remainder(num_experts)
 
 
+def router_scores(logits_TE: Tensor, score_function: str) -> Tensor:
+    """scores_TE float32. Raises ValueError for an unknown score function."""
+    if score_function == "sigmoid":
+        return logits_TE.float().sigmoid()
+    if score_function == "softmax":
+        return logits_TE.float().softmax(dim=-1)
+    raise ValueError(f"score_function = {score_function!r} is not known: choose sigmoid or softmax")
+
+
+def selection_scores(scores_TE: Tensor, expert_bias_E: Tensor, num_groups: int = 1, group_top_k: int = 1) -> Tensor:
+    """What the top K is taken of, [T, E] float32: scores + bias, -inf for the experts of groups out of reach.
+
+    -inf and not 0: biased scores can be negative, and then a masked expert would win.
+    """
+    biased_TE = scores_TE + expert_bias_E
+    if group_top_k >= num_groups:
+        return biased_TE
+    biased_TGe = biased_TE.unflatten(-1, (num_groups, -1))
+    best_TG = biased_TGe.topk(2, dim=-1).values.sum(-1)
+    reach_TG = torch.zeros_like(best_TG, dtype=torch.bool).scatter_(-1, topk_lowest_index(best_TG, group_top_k), True)
+    return biased_TGe.masked_fill(~reach_TG[..., None], float("-inf")).flatten(-2)
+
+
+def combine_weights(
+    scores_TE: Tensor, topk_ids_TK: Tensor, renormalize: bool = True, scaling: float = 1.0, masked: bool = False
+) -> Tensor:
+    """topk_weights_TK float32, differentiable in scores_TE. masked: some ids are -1, whose weight is 0."""
+    weights_TK = scores_TE.gather(-1, topk_ids_TK.clamp_min(0) if masked else topk_ids_TK)
+    if masked:
+        weights_TK = weights_TK.masked_fill(topk_ids_TK < 0, 0.0)
+    if renormalize:
+        # The sum can underflow to 0 (all chosen sigmoids ~ 0): the weights are then 0, not 0/0.
+        weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return weights_TK * scaling if scaling != 1.0 else weights_TK
+
+
 def router_topk(
     logits_TE: Tensor,
     expert_bias_E: Tensor,
@@ -46,6 +84,8 @@ def router_topk(
     renormalize: bool = True,
     scaling: float = 1.0,
     token_mask_T: Tensor | None = None,
+    num_groups: int = 1,
+    group_top_k: int = 1,
 ) -> TopK:
     """Route T tokens; see the equations at the top of the file.
 
@@ -54,21 +94,9 @@ def router_topk(
     """
     if top_k > logits_TE.shape[-1]:
         raise ValueError(f"top_k = {top_k} is more than the {logits_TE.shape[-1]} experts: choose at most that many")
-    if score_function == "sigmoid":
-        scores_TE = logits_TE.float().sigmoid()
-    elif score_function == "softmax":
-        scores_TE = logits_TE.float().softmax(dim=-1)
-    else:
-        raise ValueError(f"score_function = {score_function!r} is not known: choose sigmoid or softmax")
+    scores_TE = router_scores(logits_TE, score_function)
     with torch.no_grad():
-        ids_TK = topk_lowest_index(scores_TE + expert_bias_E, top_k)
-    weights_TK = scores_TE.gather(-1, ids_TK)
-    if renormalize:
-        # The sum can underflow to 0 (all chosen sigmoids ~ 0): the weights are then 0, not 0/0.
-        weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    if scaling != 1.0:
-        weights_TK = weights_TK * scaling
-    if token_mask_T is not None:
-        weights_TK = weights_TK.masked_fill(~token_mask_T[:, None], 0.0)
-        ids_TK = ids_TK.masked_fill(~token_mask_T[:, None], -1)
-    return TopK(weights_TK, ids_TK, scores_TE)
+        ids_TK = topk_lowest_index(selection_scores(scores_TE, expert_bias_E, num_groups, group_top_k), top_k)
+        if token_mask_T is not None:
+            ids_TK = ids_TK.masked_fill(~token_mask_T[:, None], -1)
+    return TopK(combine_weights(scores_TE, ids_TK, renormalize, scaling, token_mask_T is not None), ids_TK, scores_TE)

@@ -87,8 +87,14 @@ class ModelSection(Section):
     """From router logit to affinity score."""
     renormalize: bool = True
     """Divide the chosen scores by their sum."""
+    num_groups: Positive = 1
+    """Group-limited routing: blocks of experts, contiguous (a node or device each)."""
+    group_top_k: Positive = 1
+    """Groups that a token may use: those with the largest sum of their two best biased scores."""
     routed_scaling_factor: PositiveFloat = 1.0
     """Factor on the combine weights."""
+    train_router: bool = True
+    """false: the router keeps its initial weights (a control: only the bias balances)."""
 
 
 class DataSection(Section):
@@ -159,14 +165,33 @@ RATES: dict[str, float | str] = {
     "rms": 1e-3,
     "smebu": 5e-4,
     "quantile": 1.0,
+    "bip": 1.0,
     "coordinate": "auto",
 }
 """Default of balance.rate by method: published values where there are any (docs/theory.md)."""
 
+ASSIGNMENTS = ("bip_leaky", "sinkhorn", "base", "expert_choice", "hash")
+"""Methods that choose the experts of a batch themselves; all but hash see the whole batch: on one rank only."""
+
 
 class BalanceSection(Section):
-    method: Literal["none", "sign", "proportional", "rms", "smebu", "quantile", "coordinate"] = "coordinate"
-    """How the expert bias is chosen after each step (docs/theory.md)."""
+    method: Literal[
+        "none",
+        "sign",
+        "proportional",
+        "rms",
+        "smebu",
+        "quantile",
+        "bip",
+        "coordinate",
+        "bip_leaky",
+        "sinkhorn",
+        "base",
+        "expert_choice",
+        "hash",
+    ] = "coordinate"
+    """How experts are balanced: the rule that moves their bias after each step, or one of the baselines that assign a
+    batch (docs/theory.md)."""
     rate: Annotated[PositiveFloat | Literal["auto"] | None, Field(union_mode="left_to_right")] = None
     """Step size of the bias update: score units for sign, proportional, rms and smebu, the share of the way for quantile
     and coordinate; auto: set by the whiteness of successive load errors. Default: RATES of moe/config.py."""
@@ -189,7 +214,22 @@ class BalanceSection(Section):
     kappa: PositiveFloat = 2.0
     """smebu: slope of tanh(kappa e)."""
     aux_loss: NonNegativeFloat = 0.0
-    """Coefficient of the auxiliary balance loss E * sum_k f_k P_k over a micro-batch."""
+    """Coefficient of the auxiliary balance loss E * sum_k f_k P_k."""
+    aux_scope: Literal["micro_batch", "sequence", "global"] = "micro_batch"
+    """Where f and P are taken: one micro-batch, each sequence (DeepSeek-V3), or f over all ranks and the micro-batches of
+    the step so far (one more all-reduce a micro-batch)."""
+    aux_selection: Literal["biased", "unbiased"] = "biased"
+    """What f of the sequence scope counts: the routing itself, or the top K of the scores alone, as DeepSeek-V3."""
+    group_loss: NonNegativeFloat = 0.0
+    """Coefficient of the balance loss over contiguous groups of experts (DeepSeekMoE's device-level loss)."""
+    group_loss_groups: Positive | None = None
+    """Groups of group_loss; default: parallel.ep."""
+    phi_loss: NonNegativeFloat = 0.0
+    """Coefficient of phi-balancing, sum_k P_k (1 + log m_k), m the running mean of P."""
+    phi_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """phi_loss: the new batch's share in m."""
+    simbal_loss: NonNegativeFloat = 0.0
+    """Coefficient of SimBal, sum |R^T R - 1| of the router matrix R (published: 0.1)."""
     z_loss: NonNegativeFloat = 0.0
     """Coefficient of the router z-loss."""
 
@@ -277,7 +317,7 @@ def validate(tree: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_sentence(error)) from None
+        raise ConfigError(sentence(error)) from None
 
 
 def _read_toml(file: str) -> dict[str, Any]:
@@ -354,9 +394,10 @@ def _fields_at(path: tuple[Any, ...]) -> dict[str, FieldInfo]:
     return fields
 
 
-def _sentence(error: ValidationError) -> str:
+def sentence(error: ValidationError, section: tuple[str, ...] = ()) -> str:
+    """The first problem in one sentence; section: where in Config the validated object stands."""
     first = error.errors()[0]
-    where, value, context = first["loc"], first["input"], first.get("ctx", {})
+    where, value, context = section + first["loc"], first["input"], first.get("ctx", {})
     if where[:2] == ("balance", "rate"):
         where = where[:2]  # without the branch of the union
     path = ".".join(str(key) for key in where)
@@ -413,6 +454,7 @@ def resolve(config: Config, world_size: int = 1, cuda: bool = False) -> Config:
     _check_ranks(config, world_size)
     _check_steps(config)
     _check_balance(config)
+    _check_assignment(config, world_size)
     m, t, b = config.model, config.train, config.balance
     return config.model_copy(
         update={
@@ -431,8 +473,9 @@ def resolve(config: Config, world_size: int = 1, cuda: bool = False) -> Config:
             ),
             "balance": b.model_copy(
                 update={
-                    "rate": None if b.method == "none" else b.rate or RATES[b.method],
+                    "rate": b.rate or RATES[b.method] if b.method in RATES else None,
                     "freeze_step": b.freeze_step or (t.steps if b.schedule == "linear" else None),
+                    "group_loss_groups": b.group_loss_groups or config.parallel.ep,
                 }
             ),
         }
@@ -467,6 +510,22 @@ def _check_model(config: Config) -> None:
     _require(
         m.num_heads % kv == 0,
         f"model.num_kv_heads = {kv} does not divide model.num_heads = {m.num_heads}: choose a divisor",
+    )
+    per_group = m.num_experts // m.num_groups
+    _require(
+        m.num_experts % m.num_groups == 0 and (m.num_groups == 1 or per_group >= 2),
+        f"model.num_groups = {m.num_groups} does not divide model.num_experts = {m.num_experts} into groups of two or "
+        "more: choose such a divisor, or 1 for no groups",
+    )
+    _require(
+        m.group_top_k <= m.num_groups,
+        f"model.group_top_k = {m.group_top_k} is more than model.num_groups = {m.num_groups}: choose at most that many",
+    )
+    allowed = m.group_top_k * per_group
+    _require(
+        m.top_k < allowed,
+        f"model.top_k = {m.top_k} leaves nothing to choose from the {allowed} experts of model.group_top_k = "
+        f"{m.group_top_k} groups: raise model.group_top_k or lower model.top_k",
     )
     for name in ("dim", "expert_hidden_dim"):
         value = getattr(m, name)
@@ -529,12 +588,43 @@ def _check_balance(config: Config) -> None:
         not (b.method == "coordinate" and isinstance(b.rate, float) and b.rate > 2),
         f"balance.rate = {b.rate} is more than 2 for balance.method = 'coordinate', which then diverges: set 'auto'",
     )
+    _require(
+        b.schedule == "constant" or (b.rate or RATES.get(b.method)) != "auto",
+        f"balance.schedule = {b.schedule!r} needs a number to start from, and balance.rate is 'auto' for "
+        f"balance.method = {b.method!r}: set balance.rate, or leave balance.schedule at constant",
+    )
+    groups = b.group_loss_groups or config.parallel.ep
+    _require(
+        not b.group_loss or (groups > 1 and m.num_experts % groups == 0),
+        f"balance.group_loss_groups = {groups} does not divide model.num_experts = {m.num_experts} into two groups or "
+        "more: choose such a divisor",
+    )
     for layer in b.frozen_layers:
         _require(
             m.first_k_dense <= layer < m.num_layers,
             f"balance.frozen_layers has {layer}, which is no MoE layer: name layers from {m.first_k_dense} to "
             f"{m.num_layers - 1}",
         )
+
+
+def _check_assignment(config: Config, world_size: int) -> None:
+    b, m, t = config.balance, config.model, config.train
+    if b.method not in ASSIGNMENTS:
+        return
+    _require(
+        b.method == "hash" or (world_size == 1 and t.micro_batch_size in (None, t.batch_size)),
+        f"balance.method = {b.method!r} looks at the whole batch at once, which {world_size} ranks with "
+        f"train.micro_batch_size = {t.micro_batch_size or t.batch_size // world_size} do not: use one process (--nproc 1) "
+        "and no micro-batches",
+    )
+    _require(
+        b.method != "base" or m.top_k == 1,
+        f"model.top_k = {m.top_k} does not fit balance.method = 'base', which gives a token one expert: set model.top_k to 1",
+    )
+    _require(
+        m.num_groups == 1,
+        f"model.num_groups = {m.num_groups} does not fit balance.method = {b.method!r}, which knows no groups: set it to 1",
+    )
 
 
 def to_toml(config: Config) -> str:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moe.balance.balancer import Balancer
-from moe.balance.quantile import Coordinate, Quantile
+from moe.balance.quantile import Bip, Coordinate, Quantile
 from moe.balance.rules import Proportional, Rms, Sign, Smebu
-from moe.config import BalanceSection
+from moe.config import ASSIGNMENTS, BalanceSection
 
 BALANCERS: dict[str, type[Balancer]] = {
     "none": Balancer,
@@ -21,8 +21,9 @@ BALANCERS: dict[str, type[Balancer]] = {
     "rms": Rms,
     "smebu": Smebu,
     "quantile": Quantile,
+    "bip": Bip,
     "coordinate": Coordinate,
-}
+} | dict.fromkeys(ASSIGNMENTS, Balancer)  # these route without a bias: moe/balance/assignment.py
 
 
 def build_balancer(section: BalanceSection, layers: Sequence[int], num_experts: int, top_k: int) -> Balancer:

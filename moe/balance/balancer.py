@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 from moe.balance.bias import Gain, centred, load_error, schedule
-from moe.balance.stats import RouterStats
+from moe.balance.losses import update_share
+from moe.balance.stats import FIXED_POINT, RouterStats
 from moe.config import BalanceSection
 
 State = dict[str, Tensor]
 
 
 class HasExpertBias(Protocol):
-    """A router, as far as a balancer knows it: expert_bias_E is a float32 buffer [E]."""
+    """A router, as far as a balancer knows it: expert_bias_E and, with phi_loss, ema_share_E are float32 buffers [E]."""
 
     expert_bias_E: Tensor
+    ema_share_E: Tensor | None
 
 
 class Balancer:
@@ -33,13 +35,20 @@ class Balancer:
     """
 
     needs: frozenset[str] = frozenset()
-    """Fields of RouterStats beyond the counts that `step` reads; the routers collect them."""
+    """Fields of RouterStats beyond the counts that the rule reads."""
+
+    @classmethod
+    def needs_of(cls, section: BalanceSection) -> frozenset[str]:
+        """Fields of RouterStats beyond the counts that `step` reads; the routers collect them."""
+        return cls.needs | ({"prob_sum"} if section.phi_loss else frozenset())
 
     def __init__(self, section: BalanceSection, layers: Sequence[int], num_experts: int, top_k: int):
         self.section, self.layers, self.num_experts, self.top_k = section, list(layers), num_experts, top_k
         self.step_count = 0
         shape = (len(self.layers), num_experts)
         self.state: State = {"bias": torch.zeros(shape, dtype=torch.float32)} | self.initial_state(*shape)
+        if section.phi_loss:
+            self.state["ema_share"] = torch.full(shape, 1 / num_experts)
         self.moving_L = torch.tensor([layer not in section.frozen_layers for layer in self.layers], dtype=torch.bool)
 
     # -- what a rule overrides -----------------------------------------------------------------------------------------
@@ -64,10 +73,16 @@ class Balancer:
 
         Raises ValueError, with nothing changed, when `stats` lacks a field of `needs`.
         """
-        if missing := [name for name in sorted(self.needs) if getattr(stats, name) is None]:
+        if missing := [name for name in sorted(self.needs_of(self.section)) if getattr(stats, name) is None]:
             raise ValueError(f"balance.method = {self.section.method!r} needs the router statistics {missing}")
         moves_L = self.moving_L & (stats.tokens > 0)
-        for name, new in self.next_state(stats, self.step_count + 1).items():
+        following = self.next_state(stats, self.step_count + 1)
+        if self.section.phi_loss:
+            assert stats.prob_sum is not None
+            prob_sum_LE = stats.prob_sum.double() / FIXED_POINT
+            rate = self.section.phi_rate
+            following["ema_share"] = update_share(self.state["ema_share"], prob_sum_LE, stats.tokens, rate)
+        for name, new in following.items():
             old = self.state[name]
             self.state[name] = torch.where(moves_L.view(-1, *[1] * (old.dim() - 1)), new.to(old.dtype), old)
         self.step_count += 1
@@ -78,8 +93,11 @@ class Balancer:
 
     @torch.no_grad()
     def publish(self, routers: Sequence[HasExpertBias]) -> None:
-        """Copy the master bias into the routers' `expert_bias_E` buffers, after every step and load."""
+        """Copy the master bias (and the shares of phi_loss) into the routers' buffers, after every step and load."""
         torch._foreach_copy_([router.expert_bias_E for router in routers], list(self.bias_LE.unbind(0)))
+        if self.section.phi_loss:
+            shares = [router.ema_share_E for router in routers if router.ema_share_E is not None]
+            torch._foreach_copy_(shares, list(self.state["ema_share"].unbind(0)))
 
     def to(self, device: torch.device | str) -> Balancer:
         """Move the state; dtypes stay."""
@@ -109,6 +127,9 @@ class BiasRule(Balancer):
     The rate of step n is `balance.rate` times `schedule`; clipping of the load error and freezing are the same for all.
     """
 
+    centres = True
+    """Whether `balance.centre` applies."""
+
     def initial_state(self, num_layers: int, num_experts: int) -> State:
         return Gain.initial_state(num_layers, num_experts) if self.section.rate == "auto" else {}
 
@@ -129,4 +150,4 @@ class BiasRule(Balancer):
             assert isinstance(s.rate, float), "resolve() gives every bias rule a rate"
             rate = s.rate
         bias_LE = self.bias_LE.double() + rate * schedule(s, n) * move_LE.double()
-        return state | {"bias": centred(bias_LE) if s.centre else bias_LE.float()}
+        return state | {"bias": centred(bias_LE) if s.centre and self.centres else bias_LE.float()}

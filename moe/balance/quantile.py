@@ -106,6 +106,22 @@ class Quantile(BiasRule):
         return move_LE - move_LE.mean(-1, keepdim=True), {}
 
 
+class Bip(Quantile):
+    """BIP-based balancing in causal order (arXiv:2502.15451): one iteration a batch, prices clipped at 0, so b <= 0.
+
+    The published order, which routes a batch with the prices of that batch, is `bip_leaky` of moe/balance/assignment.py.
+    """
+
+    needs = frozenset({"bip_histogram"})
+    centres = False  # the clip at 0 gives the bias an absolute level
+
+    def move(self, stats: RouterStats, error_LE: Tensor) -> tuple[Tensor, State]:
+        assert stats.bip_histogram is not None
+        bias = self.bias_LE
+        solved_LE = quantile_bias_binned(stats.bip_histogram, bias.amin(-1) - 1, bias.amax(-1) + 1, self.top_k)
+        return solved_LE.clamp_max(0) - bias.double(), {}
+
+
 class Coordinate(BiasRule):
     """b += eta x: the exact coordinate step q, made linear in the load error near balance (docs/theory.md).
 

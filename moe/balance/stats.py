@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.router_topk import selection_scores
+
 FIXED_POINT = 2.0**32  # dual_sum and prob_sum count in units of 2**-32
 LOW_BIN, OCTAVES = -20, 21  # |r| from 1e-6 to 2, two bins an octave
 RESPONSE_BINS = 2 * (2 * OCTAVES + 1)
@@ -23,7 +25,7 @@ class RouterStats(NamedTuple):
     tokens []: real tokens routed. tokens_per_expert [E]: the load A_k. dual_sum []: sum_i TopKSum(s_i + b), fixed point.
     prob_sum [E]: sum_i of the scores divided by their sum, fixed point. response_histogram [E, B]: of the load response
     r_ik (`moe.balance.quantile`), ascending; its upper half is A_k. quantile_histogram [E, B]: of alpha_i - s_ik in uniform
-    bins on [min b - 1, max b + 1].
+    bins on [min b - 1, max b + 1]; bip_histogram [E, B]: the same with alpha_i at least 0.
     """
 
     tokens: Tensor
@@ -32,6 +34,7 @@ class RouterStats(NamedTuple):
     prob_sum: Tensor | None = None
     response_histogram: Tensor | None = None
     quantile_histogram: Tensor | None = None
+    bip_histogram: Tensor | None = None
 
 
 @torch.no_grad()
@@ -42,16 +45,20 @@ def collect(
     topk_ids_TK: Tensor,
     counts_E: Tensor,
     token_mask_T: Tensor | None = None,
+    num_groups: int = 1,
+    group_top_k: int = 1,
 ) -> RouterStats:
     """The statistics of one layer's micro-batch. scores_TE, bias_E: float32. topk_ids_TK: -1 for padding.
 
-    needs: names of the optional fields to fill.
+    needs: names of the optional fields to fill. In group-limited routing an expert out of a token's reach counts as
+    infinitely far from it: the response is that of the experts' biases while the groups stay.
     """
     top_k = topk_ids_TK.shape[-1]
-    stats = RouterStats(counts_E.sum().div(top_k, rounding_mode="floor"), counts_E)
+    tokens = counts_E.new_full((), len(topk_ids_TK)) if token_mask_T is None else token_mask_T.sum()
+    stats = RouterStats(tokens, counts_E)
     if not needs:
         return stats
-    biased_TE = scores_TE + bias_E
+    biased_TE = selection_scores(scores_TE, bias_E, num_groups, group_top_k)
     ids_TK = topk_ids_TK.clamp_min(0)
     fields = {}
     if "dual_sum" in needs:
@@ -62,7 +69,9 @@ def collect(
     if "response_histogram" in needs:
         fields["response_histogram"] = response_histogram(biased_TE, ids_TK, token_mask_T)
     if "quantile_histogram" in needs:
-        fields["quantile_histogram"] = quantile_histogram(scores_TE, bias_E, top_k, token_mask_T)
+        fields["quantile_histogram"] = quantile_histogram(biased_TE, bias_E, top_k, token_mask_T)
+    if "bip_histogram" in needs:
+        fields["bip_histogram"] = quantile_histogram(biased_TE, bias_E, top_k, token_mask_T, lowest=0.0)
     return stats._replace(**fields)
 
 
@@ -86,12 +95,17 @@ def response_histogram(biased_TE: Tensor, topk_ids_TK: Tensor, token_mask_T: Ten
     return _count(bin_TE, RESPONSE_BINS, token_mask_T)
 
 
-def quantile_histogram(scores_TE: Tensor, bias_E: Tensor, top_k: int, token_mask_T: Tensor | None) -> Tensor:
-    """Histogram [E, B] int64 of alpha_i - s_ik, alpha_i the (K + 1)-th largest of s_i + b, on [min b - 1, max b + 1]."""
+def quantile_histogram(
+    biased_TE: Tensor, bias_E: Tensor, top_k: int, token_mask_T: Tensor | None, lowest: float = float("-inf")
+) -> Tensor:
+    """Histogram [E, B] int64 of alpha_i - s_ik, alpha_i the (K + 1)-th largest of s_i + b, on [min b - 1, max b + 1].
+
+    lowest: least value of alpha_i. Experts out of reach (biased_TE = -inf) are in the last bin.
+    """
     low, high = bias_E.min() - 1, bias_E.max() + 1
-    alpha_T1 = (scores_TE + bias_E).topk(top_k + 1, dim=-1).values[:, top_k:]
-    place_TE = (alpha_T1 - scores_TE - low) * (QUANTILE_BINS / (high - low))
-    return _count(place_TE.long().clamp_(0, QUANTILE_BINS - 1), QUANTILE_BINS, token_mask_T)
+    alpha_T1 = biased_TE.topk(top_k + 1, dim=-1).values[:, top_k:].clamp_min(lowest)
+    place_TE = (alpha_T1 - (biased_TE - bias_E) - low) * (QUANTILE_BINS / (high - low))
+    return _count(place_TE.clamp_(0, QUANTILE_BINS - 1).long(), QUANTILE_BINS, token_mask_T)
 
 
 def _count(bin_TE: Tensor, bins: int, mask_T: Tensor | None) -> Tensor:

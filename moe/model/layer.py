@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from moe.balance.losses import RouterLosses
 from moe.balance.stats import RouterStats
 from moe.config import Config
 from moe.model.dispatch import AllToAllDispatcher, LocalDispatcher
 from moe.model.experts import Experts, SwiGLU
-from moe.model.router import Router, RouterLosses
+from moe.model.router import Router
 from moe.parallel import Ranks
 
 
 class MoELayer(nn.Module):
     """out = sum_{k in TopK(s + b)} w_k expert_k(x) + shared(x)   (DeepSeekMoE, arXiv:2401.06066, eq. 9)."""
 
-    def __init__(self, config: Config, ranks: Ranks):
+    def __init__(self, config: Config, ranks: Ranks, layer: int):
         super().__init__()
         m = config.model
-        self.router = Router(m, config.balance)
+        self.router = Router(config, layer)
         self.experts = Experts(m.num_experts, m.dim, m.expert_hidden_dim, ranks.ep_mesh)
         self.shared_experts = (
             SwiGLU(m.dim, m.num_shared_experts * m.expert_hidden_dim) if m.num_shared_experts else None
@@ -28,9 +29,11 @@ class MoELayer(nn.Module):
         else:
             self.dispatcher = LocalDispatcher(m.num_experts)
 
-    def forward(self, x_TD: Tensor, token_mask_T: Tensor | None = None) -> tuple[Tensor, RouterStats, RouterLosses]:
+    def forward(
+        self, x_TD: Tensor, token_mask_T: Tensor | None = None, token_ids_T: Tensor | None = None
+    ) -> tuple[Tensor, RouterStats, RouterLosses]:
         """x_TD -> out_TD, same dtype, with the statistics and losses of this batch; padding gets shared experts only."""
-        routing = self.router(x_TD, token_mask_T)
+        routing = self.router(x_TD, token_mask_T, token_ids_T)
         rows_RD, plan = self.dispatcher.dispatch(x_TD, routing)
         rows_RD = self.experts(rows_RD, plan.tokens_per_local_expert_e)
         out_TD = self.dispatcher.combine(rows_RD, plan)

@@ -1,4 +1,7 @@
-"""The router: which experts a token visits. Letters: T tokens, D model dim, E experts, K experts per token."""
+"""The router: scores, the biased choice of experts, and what is counted and penalised about it.
+
+Letters: T tokens, D model dim, E experts, K experts per token.
+"""
 
 from __future__ import annotations
 
@@ -9,28 +12,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.permute import count_tokens
-from kernels.router_topk import router_topk
+from kernels.router_topk import TopK, combine_weights, router_scores, router_topk
 from moe.balance import BALANCERS
-from moe.balance.losses import aux_loss, z_loss
+from moe.balance.assignment import ROUTES, RouterBatch, assign
+from moe.balance.losses import RouterLosses, router_losses
 from moe.balance.stats import RouterStats, collect
-from moe.config import BalanceSection, ModelSection
-
-
-class RouterLosses(NamedTuple):
-    """Differentiable terms, float32 scalars, sums over real tokens; zero when their coefficient is zero."""
-
-    aux: Tensor
-    z: Tensor
+from moe.config import Config
 
 
 class Routing(NamedTuple):
-    """topk_weights_TK float32; topk_ids_TK int64, -1 for padding; the batch's detached statistics and losses.
+    """topk_weights_TK float32; topk_ids_TK int64, -1 for no expert; scores_TE float32, detached; the batch's detached
+    statistics and its losses.
 
     masked: some ids may be -1.
     """
 
     topk_weights_TK: Tensor
     topk_ids_TK: Tensor
+    scores_TE: Tensor
     stats: RouterStats
     losses: RouterLosses
     masked: bool
@@ -44,13 +43,18 @@ class Router(nn.Module):
     """
 
     expert_bias_E: Tensor
+    ema_share_E: Tensor | None
 
-    def __init__(self, model: ModelSection, balance: BalanceSection):
+    def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.model, self.balance = model, balance
-        self.needs = BALANCERS[balance.method].needs
-        self.weight = nn.Parameter(torch.empty(model.num_experts, model.dim, dtype=torch.float32))
-        self.register_buffer("expert_bias_E", torch.zeros(model.num_experts, dtype=torch.float32))
+        m = self.model = config.model
+        self.balance, self.seq_len, self.layer = config.balance, config.data.seq_len, layer
+        self.needs = BALANCERS[self.balance.method].needs_of(self.balance)
+        self.weight = nn.Parameter(torch.empty(m.num_experts, m.dim, dtype=torch.float32), requires_grad=m.train_router)
+        self.register_buffer("expert_bias_E", torch.zeros(m.num_experts, dtype=torch.float32))
+        # A copy of the balancer's, which the checkpoint has.
+        shares_E = torch.full((m.num_experts,), 1 / m.num_experts) if self.balance.phi_loss else None
+        self.register_buffer("ema_share_E", shares_E, persistent=False)
 
     def _apply(self, fn, recurse=True):
         # .to(bf16), .half() and .bfloat16() change the device here, never the dtype.
@@ -60,29 +64,46 @@ class Router(nn.Module):
 
         return super()._apply(keep_dtype, recurse)
 
-    def forward(self, x_TD: Tensor, token_mask_T: Tensor | None = None) -> Routing:
-        """x_TD any float dtype; token_mask_T bool, False for padding (None: every token is real)."""
+    def forward(self, x_TD: Tensor, token_mask_T: Tensor | None = None, token_ids_T: Tensor | None = None) -> Routing:
+        """x_TD any float dtype; token_mask_T bool, False for padding (None: every token is real); token_ids_T int64, which
+        only the method hash looks at."""
         m = self.model
         logits_TE = F.linear(x_TD.float(), self.weight)
-        topk_weights_TK, topk_ids_TK, scores_TE = router_topk(
+        topk_weights_TK, topk_ids_TK, scores_TE = self._route(logits_TE, token_mask_T, token_ids_T)
+        counts_E = count_tokens(topk_ids_TK, m.num_experts)
+        detached_TE, needs = scores_TE.detach(), self.needs if self.training else frozenset()
+        groups = m.num_groups, m.group_top_k
+        stats = collect(needs, detached_TE, self.expert_bias_E, topk_ids_TK, counts_E, token_mask_T, *groups)
+        losses = router_losses(
+            self.balance,
+            logits_TE,
+            scores_TE,
+            topk_ids_TK,
+            counts_E,
+            token_mask_T,
+            self.weight,
+            self.ema_share_E,
+            self.seq_len,
+        )
+        masked = token_mask_T is not None or topk_ids_TK.shape[-1] != m.top_k  # expert choice has K = E
+        return Routing(topk_weights_TK, topk_ids_TK, detached_TE, stats, losses, masked)
+
+    def _route(self, logits_TE: Tensor, mask_T: Tensor | None, token_ids_T: Tensor | None) -> TopK:
+        m, method = self.model, self.balance.method
+        if method in ROUTES and (self.training or method == "hash"):  # the others see the batch only in training
+            scores_TE = router_scores(logits_TE, m.score_function)
+            batch = RouterBatch(logits_TE.detach(), scores_TE.detach(), token_ids_T, m.top_k, self.layer)
+            ids_TK = assign(method, batch, mask_T)
+            weights_TK = combine_weights(scores_TE, ids_TK, m.renormalize, m.routed_scaling_factor, masked=True)
+            return TopK(weights_TK, ids_TK, scores_TE)
+        return router_topk(
             logits_TE,
             self.expert_bias_E,
             m.top_k,
             m.score_function,
             m.renormalize,
             m.routed_scaling_factor,
-            token_mask_T,
+            mask_T,
+            m.num_groups,
+            m.group_top_k,
         )
-        counts_E = count_tokens(topk_ids_TK, m.num_experts)
-        needs = self.needs if self.training else frozenset()
-        stats = collect(needs, scores_TE.detach(), self.expert_bias_E, topk_ids_TK, counts_E, token_mask_T)
-        losses = self._losses(logits_TE, scores_TE, counts_E, token_mask_T)
-        return Routing(topk_weights_TK, topk_ids_TK, stats, losses, token_mask_T is not None)
-
-    def _losses(self, logits_TE: Tensor, scores_TE: Tensor, counts_E: Tensor, mask_T: Tensor | None) -> RouterLosses:
-        zero = logits_TE.new_zeros(())
-        aux = zero
-        if self.balance.aux_loss:
-            aux = self.balance.aux_loss * aux_loss(scores_TE, counts_E, self.model.top_k, mask_T)
-        z = self.balance.z_loss * z_loss(logits_TE, mask_T) if self.balance.z_loss else zero
-        return RouterLosses(aux, z)

@@ -13,24 +13,27 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from moe.balance.losses import RouterLosses
 from moe.balance.stats import RouterStats, stack, zeros
 from moe.config import Config
 from moe.model.attention import Attention, Positions, positions
 from moe.model.experts import SwiGLU
 from moe.model.layer import MoELayer
 from moe.model.loss import IGNORED, chunked_cross_entropy
-from moe.model.router import Router, RouterLosses
+from moe.model.router import Router
 from moe.parallel import Ranks
 
 
 class Output(NamedTuple):
     """Differentiable float32 scalars, each a sum over the real tokens of the batch, apart from the detached integer
-    statistics (tokens_L, tokens_per_expert_LE)."""
+    statistics (tokens_L, tokens_per_expert_LE). prob_sum_LE float32, differentiable: only for the global aux loss, which
+    the engine adds, because it needs the counts of all ranks."""
 
     ce: Tensor
     aux: Tensor
     z: Tensor
     stats: RouterStats
+    prob_sum_LE: Tensor | None = None
 
 
 class RMSNorm(nn.Module):
@@ -48,25 +51,26 @@ class RMSNorm(nn.Module):
 class Block(nn.Module):
     """x + attention(norm x), then x + mlp(norm x); the MLP is dense or sparse."""
 
-    def __init__(self, config: Config, ranks: Ranks, is_moe: bool):
+    def __init__(self, config: Config, ranks: Ranks, layer: int):
         super().__init__()
         m = config.model
+        is_moe = layer >= m.first_k_dense
         self.attention_norm = RMSNorm(m.dim, m.norm_eps)
         self.attention = Attention(m)
         self.mlp_norm = RMSNorm(m.dim, m.norm_eps)
-        self.moe = MoELayer(config, ranks) if is_moe else None
+        self.moe = MoELayer(config, ranks, layer) if is_moe else None
         dense_dim = m.dense_hidden_dim or (m.top_k + m.num_shared_experts) * m.expert_hidden_dim
         self.mlp = None if is_moe else SwiGLU(m.dim, dense_dim)
 
     def forward(
-        self, x_BSD: Tensor, where: Positions, mask_T: Tensor | None
+        self, x_BSD: Tensor, where: Positions, mask_T: Tensor | None, token_ids_T: Tensor
     ) -> tuple[Tensor, RouterStats | None, RouterLosses | None]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), where)
         h_BSD = self.mlp_norm(x_BSD)
         if self.mlp is not None:
             return x_BSD + self.mlp(h_BSD), None, None
         assert self.moe is not None, "a block has either a dense or a sparse MLP"
-        out_TD, stats, losses = self.moe(h_BSD.flatten(0, 1), mask_T)
+        out_TD, stats, losses = self.moe(h_BSD.flatten(0, 1), mask_T, token_ids_T)
         return x_BSD + out_TD.view_as(x_BSD), stats, losses
 
 
@@ -82,7 +86,7 @@ class Transformer(nn.Module):
         self.config, self.eos_id = config, eos_id if config.data.document_mask else None
         self.compute_dtype = torch.bfloat16 if config.train.compute_dtype == "bfloat16" else torch.float32
         self.embedding = nn.Embedding(m.vocab_size, m.dim)
-        self.blocks = nn.ModuleList(Block(config, ranks, layer >= m.first_k_dense) for layer in range(m.num_layers))
+        self.blocks = nn.ModuleList(Block(config, ranks, layer) for layer in range(m.num_layers))
         self.norm = RMSNorm(m.dim, m.norm_eps)
         self.head = None if m.tie_embeddings else nn.Linear(m.dim, m.vocab_size, bias=False)
 
@@ -103,14 +107,17 @@ class Transformer(nn.Module):
         x_BSD = self.embedding(tokens_BS).to(self.compute_dtype)
         stats, losses = [], []
         for block in self.blocks:
-            x_BSD, layer_stats, layer_losses = self._run(block, x_BSD, where, mask_T)
+            x_BSD, layer_stats, layer_losses = self._run(block, x_BSD, where, mask_T, tokens_BS.flatten())
             if layer_stats is not None:
                 stats.append(layer_stats)
                 losses.append(layer_losses)
         head = self.embedding if self.head is None else self.head
         ce = chunked_cross_entropy(self.norm(x_BSD).flatten(0, 1), head.weight, targets_T, self.config.train.loss_chunk)
-        aux, z = (torch.stack(terms).sum() for terms in zip(*losses, strict=True)) if losses else (ce * 0, ce * 0)
-        return Output(ce, aux, z, stack(stats) if stats else zeros(0, self.config.model.num_experts, x_BSD.device))
+        if not losses:
+            return Output(ce, ce * 0, ce * 0, zeros(0, self.config.model.num_experts, x_BSD.device))
+        aux, z = torch.stack([loss.aux for loss in losses]).sum(), torch.stack([loss.z for loss in losses]).sum()
+        sums = [loss.prob_sum_E for loss in losses if loss.prob_sum_E is not None]
+        return Output(ce, aux, z, stack(stats), torch.stack(sums) if sums else None)
 
     def _run(self, block: nn.Module, *args):
         mode = self.config.train.activation_checkpointing
@@ -143,6 +150,8 @@ class Transformer(nn.Module):
                 _fill_normal(expert, std, f"{seed}/{name}/{first + index}")
         for router in self.routers.values():
             router.expert_bias_E.zero_()
+            if router.ema_share_E is not None:
+                router.ema_share_E.fill_(1 / m.num_experts)
 
 
 def _fill_normal(tensor: Tensor, std: float, key: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from kernels.combine import combine
 from kernels.grouped_gemm import grouped_gemm, grouped_gemm_reference
 from kernels.permute import count_tokens, permute, sort_by_expert
-from kernels.router_topk import router_topk, topk_lowest_index
+from kernels.router_topk import combine_weights, router_topk, selection_scores, topk_lowest_index
 
 
 def rand(*shape, seed=0, dtype=torch.float32):
@@ -61,6 +61,38 @@ def test_p34_renormalisation_of_scores_near_zero_is_finite():
 def test_router_refuses_more_experts_than_there_are():
     with pytest.raises(ValueError, match="top_k = 9 is more than the 8 experts"):
         router_topk(rand(4, 8), torch.zeros(8), 9, "sigmoid")
+
+
+def test_p16_experts_of_unchosen_groups_lose_even_to_negative_scores():
+    scores, bias = rand(64, 12).sigmoid(), torch.full((12,), -3.0)  # every biased score is below 0
+    ids = topk_lowest_index(selection_scores(scores, bias, 4, 2), 4)
+    groups = (ids // 3).sort(-1).values
+    assert all(len(set(row)) <= 2 for row in groups.tolist())
+    out = router_topk(scores.logit(), bias, 4, "sigmoid", num_groups=4, group_top_k=2)
+    assert torch.equal(out.topk_ids_TK, ids)
+
+
+def test_p16_the_score_of_a_group_is_the_sum_of_its_two_best():
+    # Group 0 has the best expert, group 1 the best pair, group 2 the largest sum of all its experts.
+    scores = torch.tensor([[0.9, 0.1, 0.1, 0.6, 0.6, 0.0, 0.45, 0.45, 0.45]])
+    chosen = selection_scores(scores, torch.zeros(9), 3, 1).isfinite()
+    assert chosen[0].tolist() == [False] * 3 + [True] * 3 + [False] * 3
+    lifted = selection_scores(scores, torch.tensor([0.3] + [0.0] * 8), 3, 1).isfinite()  # the bias counts
+    assert lifted[0].tolist() == [True] * 3 + [False] * 6
+
+
+def test_p16_all_groups_is_no_limit_and_ties_go_to_the_first_groups():
+    scores = rand(16, 8).sigmoid()
+    assert torch.equal(selection_scores(scores, torch.zeros(8), 4, 4), scores)
+    tied = selection_scores(torch.full((1, 8), 0.5), torch.zeros(8), 4, 2).isfinite()
+    assert tied[0].tolist() == [True] * 4 + [False] * 4
+
+
+def test_combine_weights_of_no_expert_are_zero_and_the_rest_sum_to_one():
+    scores, ids = rand(3, 4).sigmoid(), torch.tensor([[0, -1], [-1, -1], [2, 3]])
+    weights = combine_weights(scores, ids, masked=True)
+    assert weights[0].tolist() == [1.0, 0.0] and weights[1].tolist() == [0.0, 0.0]
+    assert float(weights[2].sum()) == pytest.approx(1.0)
 
 
 def test_p11_masked_tokens_get_no_expert():

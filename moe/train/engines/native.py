@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 
 from moe.balance import stats as router_stats
+from moe.balance.losses import global_aux_loss
 from moe.config import Config
 from moe.model.experts import local_tensor
 from moe.model.loss import IGNORED
@@ -71,11 +72,13 @@ class NativeEngine:
         tokens = self.ranks.sum(torch.tensor(real, dtype=torch.int64, device=device))
         scale = 1.0 / tokens.clamp_min(1)
         losses_3 = torch.zeros(3, device=device)
-        stats = None
+        stats = seen_LE = None
         for index, batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             with nullcontext() if last or self.replicated is None else self.replicated.no_sync():
                 out = self._forward(batch)
+                if out.prob_sum_LE is not None:
+                    seen_LE, out = self._global_aux(out, seen_LE)
                 ((out.ce + out.aux + out.z) * scale).backward()
             losses_3 += torch.stack([out.ce, out.aux, out.z]).detach()
             stats = out.stats if stats is None else router_stats.add(stats, out.stats)
@@ -90,6 +93,15 @@ class NativeEngine:
         tokens, targets = (t.to(self.ranks.device, non_blocking=True) for t in batch)
         padded = bool((batch.targets_BS == IGNORED).any())
         return (self.replicated or self.model)(tokens, targets, padded)
+
+    def _global_aux(self, out: Output, seen_LE: Tensor | None) -> tuple[Tensor, Output]:
+        """The counts of all ranks in this step so far, and the output with the loss on them: one more collective a
+        micro-batch, for all layers at once."""
+        assert out.prob_sum_LE is not None
+        counts_LE = self.ranks.sum(out.stats.tokens_per_expert)
+        seen_LE = counts_LE if seen_LE is None else seen_LE + counts_LE
+        aux = self.config.balance.aux_loss * global_aux_loss(out.prob_sum_LE, seen_LE)
+        return seen_LE, out._replace(aux=out.aux + aux)
 
     def _grad_norm(self) -> float:
         """The global norm, each expert once: experts are summed over ep only (edp ranks hold equal copies)."""
