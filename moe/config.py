@@ -257,6 +257,17 @@ class ObserveSection(Section):
     """W&B: auto is online when WANDB_API_KEY is set and offline otherwise."""
     wandb_project: str = "alf-moe"
     """W&B project."""
+    regret_every: NonNegative = 100
+    """Steps between measurements of the regret; 0: never. Always 0 for group-limited routing and assignment baselines, for
+    which the theory does not hold."""
+    regret_tokens: Positive = 2048
+    """Tokens of one measurement, over all ranks; at least one sequence a rank."""
+    regret_reservoir: Positive = 4096
+    """Tokens kept for the best bias in hindsight; with room for every token measured, static regret is exact."""
+    record_scores: NonNegative = 0
+    """Record the router scores of this many steps into <run>/scores, for alf-moe theory --streams recorded=FILE."""
+    record_from: Positive = 1
+    """First step whose scores are recorded."""
     peak_tflops: PositiveFloat | None = None
     """Peak of one device for MFU; default: a table of GPUs, measured on CPU."""
 
@@ -455,7 +466,8 @@ def resolve(config: Config, world_size: int = 1, cuda: bool = False) -> Config:
     _check_steps(config)
     _check_balance(config)
     _check_assignment(config, world_size)
-    m, t, b = config.model, config.train, config.balance
+    m, t, b, o = config.model, config.train, config.balance, config.observe
+    in_theory = m.group_top_k >= m.num_groups and b.method not in ASSIGNMENTS
     return config.model_copy(
         update={
             "model": m.model_copy(
@@ -478,6 +490,7 @@ def resolve(config: Config, world_size: int = 1, cuda: bool = False) -> Config:
                     "group_loss_groups": b.group_loss_groups or config.parallel.ep,
                 }
             ),
+            "observe": o.model_copy(update={"regret_every": o.regret_every if in_theory else 0}),
         }
     )
 

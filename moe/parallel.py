@@ -70,6 +70,20 @@ class Ranks:
         flat = torch.cat([flatten(stats), flag])
         return BalanceSum(stats, stop, flat, dist.all_reduce(flat, group=self.dp_group, async_op=True))
 
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks, in the order of the ranks; they may have different numbers of them."""
+        if self.dp_group is None:
+            return rows
+        sizes = torch.zeros(self.world_size, dtype=torch.int64, device=rows.device)
+        sizes[self.rank] = len(rows)
+        dist.all_reduce(sizes, group=self.dp_group)
+        sizes = sizes.tolist()
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        every = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(every, padded, group=self.dp_group)
+        return torch.cat([part[:size] for part, size in zip(every, sizes, strict=True)])
+
     def broadcast_object(self, value: object) -> object:
         """Rank 0's value, on all ranks."""
         box = [value]

@@ -1,14 +1,16 @@
 """Score streams without a network: what a router might send, batch after batch. The laboratory runs the rules on them.
 
-`stream(kind, T, E, K?, ...)` yields float32 scores [T, E]. All randomness comes from the seed: every rule sees the same batches.
-Letters: T tokens, D topics, E experts.
+`stream` yields float32 scores [T, E]; all randomness comes from the seed, so that every rule can see the same batches.
+A recorded stream is a file of `observe.record_scores`. Letters: T tokens, D topics, E experts, N batches.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,3 +60,30 @@ def stream(kind: str, tokens: int, num_experts: int, score: str, steps: int, see
             first = scores_TE if first is None else first
             scores_TE = first
         yield scores_TE
+
+
+class StreamOptions(Protocol):
+    """What a laboratory run chooses."""
+
+    tokens: int
+    experts: int
+    top_k: int
+    score: str
+    steps: int
+
+
+def recorded_path(kind: str) -> str | None:
+    """FILE of "recorded=FILE", else None."""
+    return kind.removeprefix("recorded=") if kind.startswith("recorded=") else None
+
+
+def open_stream(kind: str, options: StreamOptions, seed: int) -> tuple[Iterator[Tensor], int]:
+    """Batches of a synthetic or recorded stream, and its top_k. A recorded one brings its own sizes; its seed s begins s
+    batches later. Raises OSError and ValueError for a file that is not there or not such a file."""
+    path = recorded_path(kind)
+    if path is None:
+        return stream(kind, options.tokens, options.experts, options.score, options.steps, seed), options.top_k
+    with np.load(path) as file:
+        scores, top_k = file["scores"], int(file["top_k"])  # [N, T, E] float16 or float32
+    batches = (torch.from_numpy(batch.astype(np.float32)) for batch in scores[seed : seed + options.steps])
+    return batches, top_k

@@ -102,7 +102,17 @@ class Transformer(nn.Module):
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor, padded: bool = False) -> Output:
         """tokens_BS, targets_BS int64; padded: some targets are IGNORED, and those positions are no load either."""
         targets_T = targets_BS.reshape(-1)
-        mask_T = targets_T != IGNORED if padded else None
+        x_BSD, stats, losses = self.hidden(tokens_BS, targets_T != IGNORED if padded else None)
+        head = self.embedding if self.head is None else self.head
+        ce = chunked_cross_entropy(self.norm(x_BSD).flatten(0, 1), head.weight, targets_T, self.config.train.loss_chunk)
+        if not losses:
+            return Output(ce, ce * 0, ce * 0, zeros(0, self.config.model.num_experts, x_BSD.device))
+        aux, z = torch.stack([loss.aux for loss in losses]).sum(), torch.stack([loss.z for loss in losses]).sum()
+        sums = [loss.prob_sum_E for loss in losses if loss.prob_sum_E is not None]
+        return Output(ce, aux, z, stack(stats), torch.stack(sums) if sums else None)
+
+    def hidden(self, tokens_BS: Tensor, mask_T: Tensor | None) -> tuple[Tensor, list[RouterStats], list[RouterLosses]]:
+        """The residual stream [B, S, D] after the last block, not yet normalised, and what each MoE layer returned."""
         where = positions(tokens_BS, self.config.model, self.eos_id)
         x_BSD = self.embedding(tokens_BS).to(self.compute_dtype)
         stats, losses = [], []
@@ -111,13 +121,7 @@ class Transformer(nn.Module):
             if layer_stats is not None:
                 stats.append(layer_stats)
                 losses.append(layer_losses)
-        head = self.embedding if self.head is None else self.head
-        ce = chunked_cross_entropy(self.norm(x_BSD).flatten(0, 1), head.weight, targets_T, self.config.train.loss_chunk)
-        if not losses:
-            return Output(ce, ce * 0, ce * 0, zeros(0, self.config.model.num_experts, x_BSD.device))
-        aux, z = torch.stack([loss.aux for loss in losses]).sum(), torch.stack([loss.z for loss in losses]).sum()
-        sums = [loss.prob_sum_E for loss in losses if loss.prob_sum_E is not None]
-        return Output(ce, aux, z, stack(stats), torch.stack(sums) if sums else None)
+        return x_BSD, stats, losses
 
     def _run(self, block: nn.Module, *args):
         mode = self.config.train.activation_checkpointing

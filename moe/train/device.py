@@ -78,7 +78,7 @@ class Clock:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.step_s = self.balance_s = 0.0
+        self.step_s = self.balance_s = self.regret_s = 0.0
         self.steps = 0
 
     @contextmanager
@@ -96,10 +96,17 @@ class Clock:
         yield
         self.balance_s += time.perf_counter() - start
 
-    def take(self) -> tuple[int, float, float]:
-        """(steps, their seconds, seconds of balancing), and start again."""
-        taken = self.steps, self.step_s, self.balance_s
-        self.steps, self.step_s, self.balance_s = 0, 0.0, 0.0
+    @contextmanager
+    def regret(self) -> Iterator[None]:
+        """Measuring the regret: probe and dual problems."""
+        start = time.perf_counter()
+        yield
+        self.regret_s += time.perf_counter() - start
+
+    def take(self) -> tuple[int, float, float, float]:
+        """(steps, their seconds, seconds of balancing, seconds of measuring the regret), and start again."""
+        taken = self.steps, self.step_s, self.balance_s, self.regret_s
+        self.steps, self.step_s, self.balance_s, self.regret_s = 0, 0.0, 0.0, 0.0
         return taken
 
 

@@ -20,8 +20,11 @@ from moe.balance import Balancer, build_balancer
 from moe.balance.dual import sampling_floor
 from moe.config import Config, to_toml
 from moe.model.experts import local_tensor
+from moe.model.loss import IGNORED
 from moe.model.transformer import Transformer
 from moe.observe import cost, load
+from moe.observe.regret import RegretMeter
+from moe.observe.scores import ScoreRecorder, probe_scores
 from moe.observe.sinks import Sinks
 from moe.parallel import Ranks
 from moe.train import checkpoint
@@ -71,6 +74,11 @@ class Run:
         layers, experts = list(self.routers), config.model.num_experts
         self.balancer: Balancer = build_balancer(config.balance, layers, experts, config.model.top_k).to(ranks.device)
         self.tracker = load.LoadTracker(layers, experts, config.model.top_k, config.parallel.ep, ranks.device)
+        self.regret = self._regret_meter(layers)
+        o = config.observe
+        self.recorder = ScoreRecorder(
+            self.routers, config.model.top_k, o.record_from, o.record_scores, run_dir / "scores"
+        )
         self.init_hash = weights_hash(self.engine.model, ranks)
         self.progress = Progress()
         if resume:
@@ -111,7 +119,12 @@ class Run:
         """One optimizer step in the order things happen; returns what was done and whether any rank asks to stop."""
         c = self.config
         self.engine.set_lr(learning_rate(c.optim, c.train.steps, self.progress.step))
-        out = self.engine.forward_backward(self.micro_batches())
+        batches = self.micro_batches()
+        if self.regret is not None and (self.progress.step + 1) % c.observe.regret_every == 0:
+            with self.clock.regret():
+                self.probe_regret(self.regret, batches[0])
+        with self.recorder.step(self.progress.step + 1, self.ranks):
+            out = self.engine.forward_backward(batches)
         with self.clock.balance():
             summing = self.ranks.start_balance_sum(
                 out.stats, stop_requested
@@ -124,8 +137,28 @@ class Run:
                 self.balancer.step(stats)  # from batch n the bias of batch n + 1
                 self.balancer.publish(list(self.routers.values()))
                 self.tracker.update(stats.tokens_per_expert, stats.tokens, before_LE, self.balancer.bias_LE)
+                if self.regret is not None:
+                    self.regret.count(stats.tokens_per_expert)
         self.advance(out, done)
         return done, stop
+
+    def _regret_meter(self, layers: list[int]) -> RegretMeter | None:
+        c, o = self.config, self.config.observe
+        if not o.regret_every or not layers:
+            return None
+        m, steps_tokens = c.model, c.tokens_per_step
+        return RegretMeter(
+            c.balance, layers, m.num_experts, m.top_k, steps_tokens, o.regret_reservoir, c.run.seed, o.regret_tokens
+        )
+
+    def probe_regret(self, meter: RegretMeter, batch: Batch) -> None:
+        """The scores of the first tokens of the coming batch, with the bias that will route them."""
+        ranks, device = self.ranks, self.ranks.device
+        rows = max(1, meter.probe_tokens // (ranks.world_size * batch.tokens_BS.shape[1]))
+        tokens, targets = batch.tokens_BS[:rows].to(device), batch.targets_BS[:rows].to(device)
+        mask_T = (targets != IGNORED).flatten()
+        scores_LTE = probe_scores(self.engine.model, tokens, None if bool(mask_T.all()) else mask_T, ranks)
+        meter.observe(scores_LTE, self.balancer.bias_LE, ranks)
 
     def advance(self, out: StepOutput, done: StepResult) -> None:
         """Count the step."""
@@ -145,10 +178,11 @@ class Run:
         """One logged line: means over the steps since the last one."""
         with self.clock.balance():
             metrics: dict[str, float] = self.tracker.metrics(self.progress.step, self.balancer.bias_LE)
+            metrics |= self.regret.metrics() if self.regret is not None else {}
         losses = (self.ranks.sum(self.losses_3) / self.loss_tokens.clamp_min(1)).tolist()
         self.losses_3.zero_()
         self.loss_tokens.zero_()
-        steps, seconds, balance_seconds = self.clock.take()
+        steps, seconds, balance_seconds, regret_seconds = self.clock.take()
         tokens_per_s = steps * self.config.tokens_per_step / seconds
         flops = cost.flops_per_token(self.config)
         memory = max(self.ranks.gather_objects(peak_memory_gib(self.ranks.device)))
@@ -166,6 +200,7 @@ class Run:
             "speed/tokens_per_s": tokens_per_s,
             "speed/step_s": seconds / steps,
             "speed/balance_share": balance_seconds / seconds,
+            "speed/regret_share": regret_seconds / seconds,
             "speed/tflops": tokens_per_s * flops / 1e12,
             "speed/mfu": cost.mfu(tokens_per_s, flops, self.peak_tflops),
             "memory/peak_gib": memory,
@@ -230,11 +265,12 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on and that is a tensor."""
-        return {
+        state = {
             "engine": self.engine.state_dict(),
             "balancer": self.balancer.state_dict(),
             "tracker": self.tracker.state_dict(),
         }
+        return state | ({"regret": self.regret.state_dict()} if self.regret is not None else {})
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run may not change; steps, learning rates, logging and the layout of the ranks may."""
@@ -247,6 +283,10 @@ class Run:
             "data": self.data.fingerprint,
         }
 
+    def regret_shape(self) -> list[int] | None:
+        """How the measurement of the regret is kept; another one than the checkpoint's starts anew."""
+        return list(self.regret.state["scores_LRE"].shape) if self.regret is not None else None
+
     def next_samples(self) -> str:
         """A hash of the samples of the next step: a resumed run must read them, whichever version wrote the checkpoint."""
         return self.data.order_hash(self.progress.order_hash, self.progress.step)
@@ -257,6 +297,7 @@ class Run:
             "progress": asdict(self.progress),
             "next_samples": self.next_samples(),
             "identity": self.identity(),
+            "regret_shape": self.regret_shape(),
             "init_hash": self.init_hash,
         }
         path = checkpoint.save(
@@ -290,11 +331,18 @@ class Run:
                 "wrote: use the alf-moe version of its run.json, or start a new run.name"
             )
         state = self.state()
+        if trainer.get("regret_shape") != self.regret_shape():
+            state.pop("regret", None)
+            print(
+                "warning: the measurement of the regret starts anew: its settings are not the checkpoint's", flush=True
+            )
         checkpoint.load(path, state, self.ranks)
         self.engine.load_state_dict(state["engine"])
         self.balancer.load_state_dict(state["balancer"])
         self.balancer.publish(list(self.routers.values()))
         self.tracker.load_state_dict(state["tracker"])
+        if self.regret is not None and "regret" in state:
+            self.regret.load_state_dict(state["regret"])
         self.tracker.read_npz(self.run_dir / "loads.npz", progress.step)
         self.progress = progress
 
@@ -347,6 +395,7 @@ def run_steps(run: Run, signals: StopSignal) -> Outcome:
             saved_at = p.step
         if c.evaluate.every and p.step % c.evaluate.every == 0 and p.step < c.train.steps:
             run.evaluate()
+    run.recorder.write(run.ranks)
     if saved_at != c.train.steps:
         run.save()
     run.evaluate()

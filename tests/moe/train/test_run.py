@@ -50,6 +50,8 @@ def config(data, world_size=1, **settings):
         "data__path": str(data),
         "observe__wandb": "off",
         "observe__log_every": 1,
+        "observe__regret_every": 2,
+        "observe__regret_reservoir": 64,
         "checkpoint__every": 3,
         "train__steps": 6,
         "train__micro_batch_size": 2,
@@ -93,6 +95,28 @@ def test_p07_p36_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, n):
     data = make_token_folder(tmp_path / "data")
     for different, count in run_ranks(_resume, n, str(data), str(tmp_path / "run")):
         assert different == [] and count > 50
+
+
+def test_measuring_and_recording_change_nothing_in_the_training(tmp_path):
+    data, weights = make_token_folder(tmp_path / "data"), []
+    for name, settings in (("on", {"observe__record_scores": 6}), ("off", {"observe__regret_every": 0})):
+        assert train(config(data, **settings), ALONE, tmp_path / name, False).code == 0
+        run = Run(config(data, **settings), ALONE, tmp_path / name, True)
+        weights.append({k: v for k, v in tensors(run.state()).items() if not k.startswith("/regret")})
+    assert weights[0].keys() == weights[1].keys()
+    assert all(np.array_equal(value, weights[1][key]) for key, value in weights[0].items())
+    assert {p.name for p in (tmp_path / "on" / "scores").iterdir()} == {"layer_01.npz", "layer_02.npz"}
+
+
+def test_regret_settings_may_change_on_resume(tmp_path, capsys):
+    data = make_token_folder(tmp_path / "data")
+    assert train(config(data), ALONE, tmp_path / "run", False).code == 0
+    for settings in ({"observe__regret_every": 0}, {"observe__regret_reservoir": 32}):
+        run = Run(config(data, **settings), ALONE, tmp_path / "run", True)
+        assert run.progress.step == 6
+        assert "regret starts anew" in capsys.readouterr().out
+    run = Run(config(data, observe__regret_every=3), ALONE, tmp_path / "run", True)
+    assert run.regret is not None and int(run.regret.state["probes"]) == 3
 
 
 def test_resume_refuses_another_order_of_samples(tmp_path, monkeypatch):
