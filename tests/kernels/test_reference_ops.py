@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
@@ -9,6 +11,9 @@ from kernels.combine import combine
 from kernels.grouped_gemm import grouped_gemm, grouped_gemm_reference
 from kernels.permute import count_tokens, permute, sort_by_expert
 from kernels.router_topk import combine_weights, router_topk, selection_scores, topk_lowest_index
+from moe.config import ModelSection
+
+SCORE_FUNCTIONS = get_args(ModelSection.model_fields["score_function"].annotation)  # every one that can be configured
 
 
 def rand(*shape, seed=0, dtype=torch.float32):
@@ -27,7 +32,7 @@ def test_p15_ties_go_to_the_lowest_index_and_minus_zero_is_zero():
     assert topk_lowest_index(values, 2).tolist() == [[0, 1], [1, 2]]
 
 
-@pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
 def test_p40_a_large_bias_changes_the_selection(score_function):
     logits = rand(32, 8)
     bias = torch.zeros(8)
@@ -37,7 +42,7 @@ def test_p40_a_large_bias_changes_the_selection(score_function):
     assert (after[:, 0] == 3).all() and not (before == 3).any(-1).all()
 
 
-@pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
 def test_p10_bias_selects_and_never_weighs(score_function):
     logits = rand(32, 8).requires_grad_()
     bias = rand(8, seed=1) * 0.1
@@ -133,6 +138,16 @@ def test_permute_and_combine_against_a_loop_with_gradients(masked):
     gx, gw = torch.autograd.grad(expected, [x, w], upstream)
     assert torch.allclose(out, expected, atol=1e-6)
     assert torch.allclose(x.grad, gx, atol=1e-6) and torch.allclose(w.grad, gw.float(), atol=1e-5)
+
+
+def test_combine_of_bfloat16_rows_is_summed_in_float32_and_rounded_once():
+    ids = torch.arange(8).repeat(64, 1)
+    p = sort_by_expert(ids, 8)
+    rows, weights = rand(512, 16).bfloat16(), rand(64, 8, seed=1).sigmoid()
+    exact = (weights.double()[:, :, None] * rows.double()[p.inverse_TK]).sum(1)
+    out = combine(rows, weights, p)
+    assert out.dtype == torch.bfloat16
+    assert ((out.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-6).all()  # half a unit in the last place
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 9, 0], [9, 0, 0, 0], [0, 0, 0, 0]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe.model.attention import positions, rotate
 from moe.model.loss import IGNORED, chunked_cross_entropy
@@ -64,6 +65,28 @@ def test_p03_recompute_counts_once_and_changes_nothing(mode):
         assert torch.allclose(grads[name], again[name], rtol=1e-5, atol=1e-6), name
 
 
+class Choices(TorchDispatchMode):
+    """Counts the top-K selections that are really computed."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket is torch.ops.aten.topk
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(
+    ("mode", "forwards", "choices"), [("none", 1, 0), ("selective", 2, 0), ("full", 2, 2)], ids=lambda x: str(x)
+)
+def test_p03_p15_recompute_happens_and_selective_keeps_the_choice_of_experts(mode, forwards, choices):
+    m, calls = model(train__activation_checkpointing=mode), []
+    m.blocks[1].moe.register_forward_pre_hook(lambda *_: calls.append(1))
+    out = m(*random_tokens())
+    with Choices() as backward:
+        out.ce.backward()
+    assert len(calls) == forwards and backward.count == choices  # two MoE layers choose again only under full
+
+
 def test_aux_loss_alone_reaches_the_router_under_full_recompute():
     m = model(train__activation_checkpointing="full", balance__aux_loss=1.0)
     out = m(*random_tokens())
@@ -83,6 +106,20 @@ def test_p06_router_stays_float32_under_bf16_conversion():
     assert m.blocks[0].attention.wq.weight.dtype == torch.float16  # the conversion did happen elsewhere
 
 
+def test_p06_router_computes_in_float32_in_a_bfloat16_model():
+    m = model(train__compute_dtype="bfloat16", balance__aux_loss=0.1)
+    router, seen = m.routers[1], []
+    router.register_forward_hook(lambda _m, args, out: seen.append((args[0], out)))
+    router.expert_bias_E.fill_(0.3)
+    out, grads = loss_and_grads(m)
+    x_TD, routing = seen[0]
+    assert x_TD.dtype == torch.bfloat16 and routing.topk_weights_TK.dtype == torch.float32
+    assert torch.equal(routing.scores_TE, (x_TD.float() @ router.weight.T).sigmoid())
+    assert torch.equal(router.expert_bias_E, torch.full((8,), 0.3))  # float32's 0.3, not bfloat16's
+    assert out.ce.dtype == torch.float32 and all(g.dtype == torch.float32 for g in grads.values())
+    assert out.ce.item() == pytest.approx(loss_and_grads(model())[0].ce.item(), rel=1e-2)
+
+
 def test_p08_bias_is_zero_after_meta_initialisation():
     with torch.device("meta"):
         m = Transformer(tiny_config(), ALONE)
@@ -94,6 +131,20 @@ def test_p08_bias_is_zero_after_meta_initialisation():
     for (name, a), b in zip(m.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert all((r.expert_bias_E == 0).all() for r in m.routers.values())
+
+
+def test_initial_weights_have_their_std_and_no_two_experts_are_equal():
+    m = model(model__num_experts=16, model__scale_residual_init=True, model__init_std=0.05)
+    seen = set()
+    for name, p in m.named_parameters():
+        if "norm" in name:
+            assert (p == 1).all()
+            continue
+        residual = name.endswith(("wo.weight", "w2", "w2.weight"))
+        assert p.std().item() == pytest.approx(0.05 / 6**0.5 if residual else 0.05, rel=0.15), name
+        seen |= {part.numpy().tobytes() for part in (p.detach() if ".experts." in name else [p.detach()])}
+    matrices = sum("norm" not in name for name, _ in m.named_parameters())
+    assert len(seen) == matrices + 2 * 2 * (16 - 1)  # w13 and w2 of two layers hold 16 experts each
 
 
 def test_p07_bias_is_in_the_state_dict():
@@ -138,6 +189,19 @@ def test_p11_padding_equals_removal():
     assert out.stats.tokens.tolist() == [48, 48]
     for (name, a), b in zip(m.named_parameters(), other.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-5), name
+
+
+def test_p18_a_batch_of_padding_alone_has_zero_loss_and_zero_gradients():
+    m = model(balance__aux_loss=0.1, balance__z_loss=0.1)
+    out, grads = loss_and_grads(m, padded=True, targets=torch.full((8, 16), IGNORED))
+    assert out.ce.item() == out.aux.item() == out.z.item() == 0.0
+    assert out.stats.tokens.tolist() == [0, 0] and int(out.stats.tokens_per_expert.sum()) == 0
+    assert all((grad == 0).all() for grad in grads.values()) and len(grads) == len(list(m.parameters()))
+
+
+def test_p17_the_routers_counts_are_int64():
+    out = model()(*random_tokens())
+    assert out.stats.tokens_per_expert.dtype == out.stats.tokens.dtype == torch.int64
 
 
 def test_p18_all_tokens_to_one_expert_trains_and_the_others_get_zero_gradients():
