@@ -94,6 +94,8 @@ class Balancer:
     @torch.no_grad()
     def publish(self, routers: Sequence[HasExpertBias]) -> None:
         """Copy the master bias (and the shares of phi_loss) into the routers' buffers, after every step and load."""
+        if not routers:  # a model without MoE layers: _foreach_copy_ refuses an empty list
+            return
         torch._foreach_copy_([router.expert_bias_E for router in routers], list(self.bias_LE.unbind(0)))
         if self.section.phi_loss:
             shares = [router.ema_share_E for router in routers if router.ema_share_E is not None]

@@ -179,7 +179,7 @@ class Run:
         with self.clock.balance():
             metrics: dict[str, float] = self.tracker.metrics(self.progress.step, self.balancer.bias_LE)
             metrics |= self.regret.metrics() if self.regret is not None else {}
-        losses = (self.ranks.sum(self.losses_3) / self.loss_tokens.clamp_min(1)).tolist()
+        losses = (self.ranks.sum(self.losses_3) / self.loss_tokens).tolist()  # 0/0: no step since then was applied
         self.losses_3.zero_()
         self.loss_tokens.zero_()
         steps, seconds, balance_seconds, regret_seconds = self.clock.take()
