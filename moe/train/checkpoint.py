@@ -22,6 +22,7 @@ from moe.parallel import Ranks
 from moe.train.folder import file_hash
 
 FORMAT_VERSION = 1
+DCP_FAILURES = (Exception, dcp.api.CheckpointException)  # the latter is a BaseException
 
 
 class CheckpointError(RuntimeError):
@@ -53,7 +54,7 @@ def save(folder: Path, step: int, state: dict[str, Any], trainer: dict[str, Any]
     _on_main(ranks, prepare, f"checkpoint of step {step}")
     try:
         dcp.save(state, checkpoint_id=partial / "state", no_dist=ranks.dp_group is None)
-    except Exception as error:  # DCP raises on all ranks together
+    except DCP_FAILURES as error:  # DCP raises on all ranks together
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written ({_first_line(error)}): free disk space under {folder}"
         ) from error
@@ -91,7 +92,7 @@ def load(checkpoint: Path, state: dict[str, Any], ranks: Ranks) -> None:
     """Fill the tensors of `state` in place from a verified checkpoint; any (dp, ep) layout may read any other's."""
     try:
         dcp.load(state, checkpoint_id=checkpoint / "state", no_dist=ranks.dp_group is None)
-    except Exception as error:
+    except DCP_FAILURES as error:
         raise CheckpointError(
             f"checkpoint {checkpoint.name} does not fit this configuration ({_first_line(error)}): "
             "use the config.toml of its run folder"
