@@ -1,6 +1,6 @@
 """`alf-moe theory`: balancing rules on score streams without a network; tables and plots beside the theory's bounds.
 
-alf-moe theory --streams fixed,iid,jump --methods sign,coordinate,proportional:inverse:20 --seeds 3 -o theory/
+alf-moe theory --streams fixed,iid,jump --methods sign,coordinate,proportional:inverse:0.2 --seeds 3 -o theory/
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moe.config import RATES, BalanceSection, ConfigError
+from moe.config import ASSIGNMENTS, RATES, BalanceSection, ConfigError, check_rule
 
-SYNTAX = "METHOD[:SCHEDULE][:RATE], for example sign:1e-3 or proportional:inverse:20"
+SYNTAX = "METHOD[:SCHEDULE][:RATE], for example sign:1e-3 or proportional:inverse:0.2"
 
 
 def parse_method(text: str) -> BalanceSection:
-    """`sign:1e-3`, `proportional:inverse:20`, `coordinate`. Raises ConfigError with one sentence."""
+    """`sign:1e-3`, `proportional:inverse:0.2`, `coordinate`. Raises ConfigError with one sentence."""
     from pydantic import ValidationError
 
     from moe.config import sentence
@@ -33,6 +33,14 @@ def parse_method(text: str) -> BalanceSection:
         section = BalanceSection(**words)
     except ValidationError as error:
         raise ConfigError(f"--methods {text}: {sentence(error, ('balance',))}; write {SYNTAX}") from None
+    try:
+        check_rule(section)
+    except ConfigError as error:
+        raise ConfigError(f"--methods {text}: {error}") from None
+    if method in ASSIGNMENTS:
+        raise ConfigError(
+            f"--methods {text}: {method} moves no bias, so it has no regret: choose of {', '.join(RATES)}"
+        )
     if section.schedule == "linear":
         raise ConfigError(f"--methods {text}: the linear schedule has no end here; choose inverse or inverse_sqrt")
     return section
@@ -71,6 +79,12 @@ def check(options: argparse.Namespace) -> tuple[list[str], dict[str, BalanceSect
     for kind in streams:
         if kind not in KINDS and recorded_path(kind) is None:
             raise ConfigError(f"--streams {kind} is not known: choose of {', '.join(KINDS)} or recorded=FILE.npz")
+        if (path := recorded_path(kind)) and not Path(path).is_file():
+            raise ConfigError(
+                f"--streams {kind}: there is no such file; a training run with observe.record_scores writes it"
+            )
+    if (out := Path(options.out)).exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is no folder: name one for results.json, table.md and the plots")
     return streams, {text: parse_method(text) for text in options.methods.split(",")}
 
 
@@ -163,7 +177,7 @@ def plot(results: list[dict[str, Any]], out: Path) -> None:
             axes[0, 0].plot(steps, r["maxvio"], **line)
             axes[0, 1].plot(steps, r["deviation"], **line)
             axes[1, 0].plot(steps, r["lagrangian"], **line)
-            axes[1, 1].plot(steps, [max(v, 1e-9) for v in r["regret"]], **line)
+            axes[1, 1].plot(steps, [v if v > 0 else float("nan") for v in r["regret"]], **line)
             if r["bound"] is not None:
                 axes[1, 1].plot(steps, r["bound"], color=f"C{index}", linestyle="--", label=f"bound ({r['covered']})")
         axes[0, 0].axhline(mine[0]["floor"], color="black", linestyle=":", label="sampling floor")
@@ -173,13 +187,16 @@ def plot(results: list[dict[str, Any]], out: Path) -> None:
             "MaxVio",
             "max |A − L|, tokens",
             "Lagrangian per token",
-            "regret against the best fixed bias, per token",
+            "regret against the best fixed bias, per token (where positive)",
         )
         for ax, title, log in zip(axes.flat, titles, ((0, 1), (0, 1), (0, 0), (1, 1)), strict=True):
             ax.set(
                 title=title, xlabel="batch", xscale="log" if log[0] else "linear", yscale="log" if log[1] else "linear"
             )
             ax.legend(fontsize=8)
+        values = sorted(v for r in mine for v in r["lagrangian"])  # a rule that overshoots at first leaves the picture
+        low, high = values[0], values[int(0.9 * len(values))]
+        axes[1, 0].set_ylim(low - 0.1 * (high - low), high + 0.5 * (high - low) + 1e-9)
         figure.suptitle(f"stream: {kind}, seed 0")
         figure.savefig(out / f"{kind.replace('=', '-').replace('/', '-')}.png", dpi=110)
         plt.close(figure)

@@ -585,8 +585,8 @@ def _check_steps(config: Config) -> None:
     )
 
 
-def _check_balance(config: Config) -> None:
-    b, m = config.balance, config.model
+def check_rule(b: BalanceSection) -> None:
+    """Limits between the settings of a bias rule. Raises ConfigError."""
     auto = ("proportional", "quantile", "coordinate")
     _require(
         b.rate != "auto" or b.method in (*auto, "none"),
@@ -594,18 +594,19 @@ def _check_balance(config: Config) -> None:
         f"set a number, or a method of {', '.join(auto)}",
     )
     _require(
-        not (b.method == "quantile" and isinstance(b.rate, float) and b.rate > 2),
-        f"balance.rate = {b.rate} is more than 2 for balance.method = 'quantile', which then diverges: set 0.1 to 1",
-    )
-    _require(
-        not (b.method == "coordinate" and isinstance(b.rate, float) and b.rate > 2),
-        f"balance.rate = {b.rate} is more than 2 for balance.method = 'coordinate', which then diverges: set 'auto'",
+        not (b.method in ("quantile", "bip", "coordinate") and isinstance(b.rate, float) and b.rate > 2),
+        f"balance.rate = {b.rate} is more than 2 for balance.method = {b.method!r}, which then diverges: set 0.1 to 1",
     )
     _require(
         b.schedule == "constant" or (b.rate or RATES.get(b.method)) != "auto",
         f"balance.schedule = {b.schedule!r} needs a number to start from, and balance.rate is 'auto' for "
         f"balance.method = {b.method!r}: set balance.rate, or leave balance.schedule at constant",
     )
+
+
+def _check_balance(config: Config) -> None:
+    b, m = config.balance, config.model
+    check_rule(b)
     groups = b.group_loss_groups or config.parallel.ep
     _require(
         not b.group_loss or (groups > 1 and m.num_experts % groups == 0),

@@ -105,7 +105,8 @@ def quantile_histogram(
     low, high = bias_E.min() - 1, bias_E.max() + 1
     alpha_T1 = biased_TE.topk(top_k + 1, dim=-1).values[:, top_k:].clamp_min(lowest)
     place_TE = (alpha_T1 - (biased_TE - bias_E) - low) * (QUANTILE_BINS / (high - low))
-    return _count(place_TE.clamp_(0, QUANTILE_BINS - 1).long(), QUANTILE_BINS, token_mask_T)
+    place_TE = place_TE.nan_to_num_(0.0).clamp_(0, QUANTILE_BINS - 1)  # NaN scores: the step is skipped, not crashed
+    return _count(place_TE.long(), QUANTILE_BINS, token_mask_T)
 
 
 def _count(bin_TE: Tensor, bins: int, mask_T: Tensor | None) -> Tensor:

@@ -57,6 +57,25 @@ CONFIGURATION = [
     ("--balance.method signs", "balance.method = 'signs'", "did you mean sign?"),
     ("--balance.rate -1e-3", "balance.rate = -0.001", "> 0"),
     ("--balance.rate 0.0", "balance.rate = 0.0", "> 0"),
+    ("--balance.rate auto", "balance.rate = 'auto'", "balance.method = 'sign'", "coordinate"),
+    ("--balance.method quantile --balance.rate 2.5", "balance.rate = 2.5", "diverges", "0.1 to 1"),
+    ("--balance.method coordinate --balance.rate 3.0", "balance.rate = 3.0", "more than 2"),
+    ("--balance.schedule inverse --balance.schedule_offset -1", "balance.schedule_offset = -1", ">= 0"),
+    ("--balance.method coordinate --balance.schedule inverse", "balance.schedule = 'inverse'", "a number"),
+    ("--balance.schedule cosine", "balance.schedule = 'cosine'", "inverse_sqrt"),
+    ("--balance.clip 0", "balance.clip = 0", "> 0"),
+    ("--balance.method smebu --balance.momentum 1.0", "balance.momentum = 1.0", "< 1"),
+    ("--balance.frozen_layers [7]", "balance.frozen_layers has 7", "0 to 3"),
+    ("--balance.aux_scope batch", "balance.aux_scope = 'batch'", "global"),
+    ("--balance.phi_loss 0.1 --balance.phi_rate 1.5", "balance.phi_rate = 1.5", "<= 1"),
+    ("--balance.group_loss 0.1 --balance.group_loss_groups 3", "balance.group_loss_groups = 3", "divisor"),
+    ("--balance.method sinkhorn", "balance.method = 'sinkhorn'", "2 ranks", "--nproc 1"),
+    ("--balance.method base --nproc 1 --parallel.ep 1", "model.top_k = 2", "'base'", "set model.top_k to 1"),
+    ("--model.num_groups 3", "model.num_groups = 3", "model.num_experts = 16", "divisor"),
+    ("--model.num_groups 4 --model.group_top_k 5", "model.group_top_k = 5", "model.num_groups = 4"),
+    ("--model.num_groups 8", "model.top_k = 2", "the 2 experts", "model.group_top_k"),
+    ("--balance.method hash --model.num_groups 4 --model.group_top_k 2", "model.num_groups = 4", "set it to 1"),
+    ("--observe.record_from 0", "observe.record_from = 0", "> 0"),
     ("--balance.rate nan", "balance.rate = nan", "finite"),
     ("--balance.aux_loss -1", "balance.aux_loss", ">= 0"),
     ("--optim.lr inf", "optim.lr = inf", "finite"),
@@ -165,3 +184,26 @@ def test_prepare_refuses_in_one_sentence(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"txt": 1}\n')
     refused(alf_moe("prepare", "--text", str(tmp_path / "bad.jsonl"), *out), 3, "line 1")
     assert not Path(out[1]).exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--methods signs", ("balance.method = 'signs'", "did you mean sign?")),
+        ("--methods sign:-1", ("balance.rate = -1.0", "> 0")),
+        ("--methods sign:auto", ("balance.rate = 'auto'", "'sign'")),
+        ("--methods proportional:linear", ("linear schedule has no end",)),
+        ("--methods quantile:3", ("balance.rate = 3.0", "diverges")),
+        ("--methods sinkhorn", ("--methods sinkhorn", "moves no bias")),
+        ("--streams fixd", ("--streams fixd", "fixed, iid")),
+        ("--streams recorded=nowhere.npz", ("recorded=nowhere.npz", "observe.record_scores")),
+        ("--top-k 64", ("--top-k = 64", "--experts = 64", "63")),
+        ("--tokens 0", ("--tokens = 0", "at least 1")),
+        ("--steps 1", ("--steps = 1", "at least 2")),
+        ("--out Makefile", ("--out Makefile", "folder")),
+    ],
+)
+def test_theory_refuses_in_one_sentence(words, says, tmp_path):
+    out = [] if "--out" in words else ["--out", str(tmp_path / "out")]
+    refused(alf_moe("theory", *words.split(), *out), 2, *says)
+    assert not (tmp_path / "out").exists()
