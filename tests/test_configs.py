@@ -60,6 +60,31 @@ def test_tiny_needs_an_even_number_of_ranks():
         config("tiny", 3)
 
 
+def test_p05_balancing_without_a_moe_layer_is_refused():
+    good = config("tiny", 2)
+    model = good.model.model_copy(update={"first_k_dense": good.model.num_layers})
+    with pytest.raises(ConfigError, match=r"model\.first_k_dense = 4 leaves no MoE layer .* balance\.method = '\w+'"):
+        resolve(good.model_copy(update={"model": model}), 2)
+    none = good.balance.model_copy(update={"method": "none", "rate": None})
+    assert resolve(good.model_copy(update={"model": model, "balance": none}), 2).num_moe_layers == 0
+
+
+@pytest.mark.parametrize(
+    ("groups", "group_top_k", "top_k", "says"),
+    [
+        (3, 1, 2, r"model\.num_groups = 3 does not divide model\.num_experts = 16"),
+        (16, 4, 2, r"model\.num_groups = 16 does not divide model\.num_experts = 16 into groups of two"),
+        (4, 5, 2, r"model\.group_top_k = 5 is more than model\.num_groups = 4"),
+        (4, 1, 4, r"model\.top_k = 4 leaves nothing to choose from the 4 experts of model\.group_top_k = 1"),
+    ],
+)
+def test_p32_groups_that_do_not_divide_or_suffice_are_one_error(groups, group_top_k, top_k, says):
+    good = config("tiny", 2)
+    model = good.model.model_copy(update={"num_groups": groups, "group_top_k": group_top_k, "top_k": top_k})
+    with pytest.raises(ConfigError, match=says):
+        resolve(good.model_copy(update={"model": model}), 2)
+
+
 @pytest.mark.parametrize(
     ("experts", "top_k", "ep", "says"),
     [

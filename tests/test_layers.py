@@ -125,6 +125,18 @@ def test_no_cycles():
         visit(module, ())
 
 
+@pytest.mark.parametrize("folder", ["moe", "kernels"])
+def test_p05_nothing_is_probed_for(folder: str):
+    """A misspelt attribute must fail, not switch the bias update off: no hasattr, no getattr with a default."""
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                probe = node.func.id == "hasattr" or (
+                    node.func.id == "getattr" and len(node.args) + len(node.keywords) > 2
+                )
+                assert not probe or "overloadpacket" in ast.unparse(node), f"{path.name}: {ast.unparse(node)}"
+
+
 def test_packages_that_import_nothing():
     for folder in ("moe", "moe/observe", "moe/interop", "kernels"):
         assert not imports(ROOT / folder / "__init__.py"), f"{folder}/__init__.py must stay light"

@@ -21,7 +21,7 @@ def rand(*shape, seed=0, dtype=torch.float32):
 
 
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 2, 1), (37, 16, 2), (64, 61, 7), (5, 256, 8), (9, 8, 7)])
-def test_topk_equals_stable_sort_also_with_ties(tokens, experts, top_k):
+def test_p15_topk_equals_stable_sort_also_with_ties(tokens, experts, top_k):
     for values in (rand(tokens, experts), (rand(tokens, experts) * 2).round(), torch.zeros(tokens, experts)):
         expected = values.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
         assert torch.equal(topk_lowest_index(values, top_k), expected)
@@ -63,7 +63,7 @@ def test_p34_renormalisation_of_scores_near_zero_is_finite():
     assert torch.isfinite(out.topk_weights_TK).all() and torch.isfinite(logits.grad).all()
 
 
-def test_router_refuses_more_experts_than_there_are():
+def test_p32_router_refuses_more_experts_than_there_are():
     with pytest.raises(ValueError, match="top_k = 9 is more than the 8 experts"):
         router_topk(rand(4, 8), torch.zeros(8), 9, "sigmoid")
 

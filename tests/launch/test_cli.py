@@ -239,7 +239,7 @@ def test_exception_of_a_traceback(stderr: str, found: str | None):
     assert train.exception(stderr) == found
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_signals_reach_torchrun_as_sigterm(words, workers, run_dir, number: signal.Signals):
     exit_json = json.dumps({"code": 75, "reason": "signal"})
     workers(
@@ -252,6 +252,58 @@ def test_signals_reach_torchrun_as_sigterm(words, workers, run_dir, number: sign
     before = signal.getsignal(number)
     assert train.main(words) == 75
     assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_leaves_the_first_its_time(words, workers, run_dir, capsys):
+    left = str(run_dir / "exit.json")
+    workers(
+        "import json, os, signal, time\n"
+        "got = []\n"
+        "signal.signal(signal.SIGTERM, lambda *_: got.append(1))\n"
+        f"os.kill({os.getpid()}, {int(signal.SIGINT)})\n"
+        "while not got: time.sleep(0.01)\n"
+        f"os.kill({os.getpid()}, {int(signal.SIGINT)})\n"
+        "time.sleep(0.5)\n"
+        f"open({left!r}, 'w').write(json.dumps({{'code': 75 if len(got) == 1 else 3, 'reason': 'r'}}))"
+    )
+    assert train.main(words) == 75
+    assert "already stopping" in capsys.readouterr().err
+
+
+def test_a_signal_before_the_first_step_is_no_crash(words, workers, run_dir, capsys):
+    workers(f"import os, time; os.kill({os.getpid()}, {int(signal.SIGTERM)}); time.sleep(20)")
+    assert train.main(words) == 1
+    err = capsys.readouterr().err
+    assert "stopped by a signal outside of a training step" in err and "crashed" not in err
+    assert "checkpoint  none" in err and err.strip().endswith("--clean")
+
+
+def test_what_to_do_next_names_the_newest_checkpoint(words, workers, run_dir, capsys):
+    leave(run_dir, "run.json", "checkpoints/step-00000009/x", "checkpoints/step-00000010/x")
+    workers("import sys; sys.exit(1)")
+    assert train.main([*words, "--resume"]) == 1
+    err = capsys.readouterr().err
+    assert "checkpoint  step-00000010" in err and err.strip().endswith("--nproc 2 --resume")
+
+
+def test_a_failure_after_a_restart_is_that_of_the_last_attempt(tmp_path):
+    for attempt, name in enumerate(("old", "new")):
+        log = tmp_path / "id" / f"attempt_{attempt}" / "0" / "stderr.log"
+        log.parent.mkdir(parents=True)
+        log.write_text(f"Traceback (most recent call last):\n  x\nValueError: {name}\n")
+        os.utime(log, (attempt, attempt))
+    report = "Root Cause\n rank : 5 (local_rank: 0)\n exitcode : 1 (pid: 1)\n"
+    (tmp_path / "torchrun.log").write_text(report.replace("0)", "7)") + report)
+    assert train.first_failure(tmp_path)[:2] == (0, "ValueError: new")
+
+
+def test_as_many_processes_as_gpus_and_two_without(words, monkeypatch, workers):
+    seen = []
+    monkeypatch.setattr(train, "run", lambda options, nproc, run_dir: seen.append(nproc) or 0)
+    for gpus in (0, 4):
+        monkeypatch.setattr(train, "count_gpus", lambda gpus=gpus: gpus)
+        train.main([w for w in words if w not in ("--nproc", "2")])
+    assert seen == [2, 4]
 
 
 def test_command_and_environment(monkeypatch):

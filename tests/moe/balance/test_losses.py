@@ -161,7 +161,7 @@ def test_global_scope_lets_unequal_micro_batches_cancel():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_padding_counts_for_nothing_even_when_it_is_nan(name):
+def test_p11_padding_counts_for_nothing_even_when_it_is_nan(name):
     case = Case()
     expected = case.closed_form(name)
     values = (case.logits() if name == "z" else case.scores()).detach()
@@ -176,7 +176,7 @@ def test_padding_counts_for_nothing_even_when_it_is_nan(name):
     assert not grad[~case.mask_T].any() and grad[case.mask_T].isfinite().all() and grad.any()
 
 
-def test_sequence_scope_does_not_count_the_selection_of_padding():
+def test_p11_sequence_scope_does_not_count_the_selection_of_padding():
     case = Case()
     everywhere = case.ids_TK.masked_fill(~case.mask_T[:, None], 3)  # a caller that has not masked its ids
     loss = sequence_aux_loss(case.scores(), everywhere, S, case.mask_T)
@@ -200,7 +200,7 @@ def test_without_a_mask_every_token_is_real(name):
 
 
 @pytest.mark.parametrize("name", LINEAR)
-def test_exact_balance_has_the_least_value_and_no_gradient(name):
+def test_p35_exact_balance_has_the_least_value_and_no_gradient(name):
     ids_TK = (
         torch.arange(T)[:, None] * K + torch.arange(K)
     ) % E  # balanced in the batch and, with S = 4, in a sequence
@@ -218,7 +218,7 @@ def test_exact_balance_has_the_least_value_and_no_gradient(name):
 @pytest.mark.parametrize("experts", [8, 256])
 @pytest.mark.parametrize("logit", [0.0, -60.0, -95.0, -200.0])  # sigmoid: 0.5, tiny, denormal, 0
 @pytest.mark.parametrize("name", LINEAR)
-def test_zero_router_and_underflown_scores_are_finite(name, logit, experts):
+def test_p35_zero_router_and_underflown_scores_are_finite(name, logit, experts):
     logits_TE = torch.full((T, experts), logit).requires_grad_()
     ids_TK = torch.zeros(T, 1, dtype=torch.int64)  # all to one expert: the largest f
     counts_E, ema_E = count_tokens(ids_TK, experts), torch.zeros(experts)

@@ -119,7 +119,7 @@ def test_clip_limits_the_error():
 
 
 @pytest.mark.parametrize("method", RULES)
-def test_frozen_layer_and_layer_without_tokens_keep_all_state(method):
+def test_p14_frozen_layer_and_layer_without_tokens_keep_all_state(method):
     b = balancer(method, layers=(3, 5, 7), experts=8, frozen_layers=[5])
     scores = torch.rand(32, 8, generator=torch.Generator().manual_seed(1)) + torch.linspace(0, 0.3, 8)
     full = routed(scores, torch.zeros(8), 2, b.needs)

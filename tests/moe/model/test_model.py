@@ -87,7 +87,7 @@ def test_p03_p15_recompute_happens_and_selective_keeps_the_choice_of_experts(mod
     assert len(calls) == forwards and backward.count == choices  # two MoE layers choose again only under full
 
 
-def test_aux_loss_alone_reaches_the_router_under_full_recompute():
+def test_p23_aux_loss_alone_reaches_the_router_under_full_recompute():
     m = model(train__activation_checkpointing="full", balance__aux_loss=1.0)
     out = m(*random_tokens())
     out.aux.backward()

@@ -60,14 +60,14 @@ def test_deepseekmoe_16b_has_the_published_size():
     assert round(p.active / 1e9, 1) == 2.8
 
 
-def test_flops_by_hand():
+def test_p42_flops_by_hand():
     config = tiny_config()
     weights = 9216 + 4608 + 512 + 2 * 2 * 1536 + 3072 + 128 * 32  # K of E experts; the head, not the embedding
     attention = 3 * 6 * 16 * 4 * 8  # layers * 6 * S * H * head_dim: forward and backward, causal half
     assert cost.flops_per_token(config) == 6 * weights + attention
 
 
-def test_flops_of_a_tied_head_are_counted():
+def test_p42_flops_of_a_tied_head_are_counted():
     assert cost.flops_per_token(tiny_config(model__tie_embeddings=True)) == cost.flops_per_token(tiny_config())
 
 

@@ -1,4 +1,4 @@
-"""Load metrics by hand, at the edges, over a run, and against docs/metrics.md."""
+"""Load metrics by hand, at the edges, over a run, and against docs/metrics.md. Each test named pNN excludes pitfall NN."""
 
 import re
 from pathlib import Path
@@ -43,13 +43,13 @@ def test_metrics_by_hand():
     assert load.straggler(one, 4).tolist() == [2.0, 1.0]
 
 
-def test_counts_beyond_float32_are_exact():
+def test_p17_counts_beyond_float32_are_exact():
     big = counts([2**24 + 1, 2**24 - 1])
     assert load.maxvio(big).item() == 2.0**-24
 
 
 @pytest.mark.parametrize("rows", [counts([5, 5, 5, 5]), counts([0, 0, 0, 0])], ids=["balanced", "no tokens"])
-def test_nothing_to_report_is_zero_and_finite(rows):
+def test_p35_nothing_to_report_is_zero_and_finite(rows):
     for metric in (load.maxvio, load.minvio, load.avgvio, load.cv):
         assert metric(rows).tolist() == [0.0]
     for value in (load.effective_experts(rows), load.straggler(rows, 2)):
@@ -147,7 +147,7 @@ def test_batch_is_the_last_batch_and_seen_is_all_of_them():
     assert metrics["moe/idle_seen/max"] == 0
 
 
-def test_validation_changes_nothing():
+def test_p04_validation_changes_nothing():
     tracker = LoadTracker([0], 2, 1, ep=1)
     stepped(tracker, counts([3, 5]))
     before = {k: v.clone() for k, v in tracker.state_dict().items()}

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from moe.config import resolve, validate
 from moe.observe.sinks import read_metrics
 from moe.parallel import build_ranks
 from moe.train import checkpoint
@@ -20,7 +19,7 @@ from moe.train.loop import Run, run_steps, train
 from moe.train.optim import learning_rate
 from tests.corpus import make_token_folder
 from tests.ranks import run_ranks
-from tests.tiny import ALONE, CPU, tiny_config, tiny_tree
+from tests.tiny import ALONE, CPU, tiny_config
 
 
 @pytest.fixture(autouse=True)
@@ -206,12 +205,3 @@ def test_stop_signals_are_remembered(number):
     assert not signals.requested
     signal.raise_signal(number)
     assert signals.requested and signals.name == number.name
-
-
-def test_p05_balancing_without_a_moe_layer_is_refused():
-    from moe.config import ConfigError
-
-    tree = tiny_tree()
-    tree["model"]["first_k_dense"] = 3
-    with pytest.raises(ConfigError, match=r"model\.first_k_dense = 3 leaves no MoE layer .* balance\.method = 'sign'"):
-        resolve(validate(tree))

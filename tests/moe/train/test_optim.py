@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
 
 from moe.config import OptimSection
 from moe.model.transformer import Transformer
-from moe.train.device import StopSignal
+from moe.train.device import Clock, StopSignal
 from moe.train.loop import Run, run_steps
 from moe.train.optim import build_optimizer, learning_rate
 from tests.corpus import make_token_folder
-from tests.tiny import ALONE, tiny_config
+from tests.tiny import ALONE, CPU, tiny_config
 
 
 def rates(steps, **settings):
@@ -48,6 +49,30 @@ def test_norms_and_embeddings_do_not_decay_and_every_parameter_is_in_one_group()
     where = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
     assert where.keys() == dict(model.named_parameters()).keys()
     assert all((decay == 0) == ("norm" in name or "embedding" in name) for name, decay in where.items())
+
+
+def test_adamw_against_its_formula():
+    model = torch.nn.Linear(3, 2, bias=False)
+    optim = OptimSection(lr=0.01, beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.5)
+    optimizer, generator = build_optimizer(model, optim), torch.Generator().manual_seed(0)
+    expected, m, v = model.weight.detach().double(), 0.0, 0.0
+    for step in range(1, 4):
+        gradient = torch.randn(2, 3, generator=generator)
+        model.weight.grad = gradient.clone()
+        optimizer.step()
+        m, v = 0.8 * m + 0.2 * gradient.double(), 0.9 * v + 0.1 * gradient.double() ** 2
+        expected = expected * (1 - 0.01 * 0.5) - 0.01 * (m / (1 - 0.8**step)) / ((v / (1 - 0.9**step)).sqrt() + 1e-3)
+    torch.testing.assert_close(model.weight.detach(), expected.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_clock_takes_what_passed_since_the_last_time():
+    clock = Clock(CPU)
+    for _ in range(2):
+        with clock.step(), clock.balance():
+            time.sleep(0.01)
+    steps, step_s, balance_s, regret_s = clock.take()
+    assert steps == 2 and step_s >= balance_s >= 0.02 and regret_s == 0
+    assert clock.take() == (0, 0.0, 0.0, 0.0)
 
 
 def run_with(tmp_path, **settings):

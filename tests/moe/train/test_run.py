@@ -222,7 +222,7 @@ def test_guard_stops_with_code_4_and_finite_weights(tmp_path):
     assert all(torch.isfinite(p).all() for p in run.engine.model.parameters())
 
 
-def test_damaged_checkpoint_is_passed_over_and_foreign_settings_are_refused(tmp_path, capsys):
+def test_p44_damaged_checkpoint_is_passed_over_and_foreign_settings_are_refused(tmp_path, capsys):
     data = make_token_folder(tmp_path / "data")
     train(config(data), ALONE, tmp_path / "run", False)
     newest = tmp_path / "run" / "checkpoints" / "step-00000006"

@@ -145,7 +145,7 @@ def test_frozen_router_keeps_its_weights_and_is_balanced_by_its_bias():
 
 
 @pytest.mark.parametrize("method", sorted(BALANCERS))
-def test_every_method_trains_with_padding_and_counts_only_real_tokens(method):
+def test_p11_every_method_trains_with_padding_and_counts_only_real_tokens(method):
     settings = {"balance__rate": None, "balance__method": method}
     if method == "base":
         settings["model__top_k"] = 1

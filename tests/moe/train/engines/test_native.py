@@ -32,6 +32,8 @@ def micro_batches(rank, n, micro, step, padded):
 def steps(rank, n, ep, micro, padded, mode, count=4):
     config = tiny_config(n, parallel__ep=ep, balance__z_loss=1e-3, train__activation_checkpointing=mode)
     ranks = build_ranks(rank, n, CPU, ep)
+    if ranks.ep_group is not None:  # p33: neighbours share the experts, in every group
+        assert dist.get_process_group_ranks(ranks.ep_group) == [rank // ep * ep + i for i in range(ep)]
     engine = NativeEngine(config, ranks, 0)
     balancer = build_balancer(config.balance, list(engine.model.routers), 8, config.model.top_k)
     collectives = []
@@ -74,7 +76,7 @@ def test_p01_p02_p22_p25_p29_layouts_and_micro_batches_agree(reference, n, ep, m
         assert sum(expected[0][2][0]) < 8 * 16 * 2  # padding is no load
 
 
-def test_loss_is_a_mean_over_real_tokens_of_the_step_not_of_the_micro_batch():
+def test_p25_loss_is_a_mean_over_real_tokens_of_the_step_not_of_the_micro_batch():
     config = tiny_config(optim__grad_clip=1e9)
     engine = NativeEngine(config, ALONE, 0)
     x, y = random_tokens()
@@ -154,6 +156,17 @@ def test_p04_evaluation_counts_nothing_for_the_balancer_and_changes_nothing():
     out = engine.forward_backward([batch])
     assert int(out.stats.tokens[0]) == real  # a step after it counts its own tokens only
     assert found.ce == pytest.approx((out.losses_3[0] / out.tokens).item(), rel=1e-6)
+
+
+def test_evaluation_is_a_mean_over_tokens_in_evaluation_mode_and_without_gradients():
+    engine, seen = NativeEngine(tiny_config(), ALONE, 0), []
+    engine.model.register_forward_hook(lambda m, _args, out: seen.append((out.ce, m.training)))
+    full, padded = micro_batches(0, 1, 8, 0, False)[0], micro_batches(0, 1, 8, 1, True)[0]
+    found = evaluate(engine.model, [full, padded], ALONE)
+    tokens = sum(int((b.targets_BS != IGNORED).sum()) for b in (full, padded))
+    assert found.tokens == tokens < 2 * 8 * 16
+    assert found.ce == pytest.approx(sum(ce.item() for ce, _ in seen) / tokens, rel=1e-6)
+    assert not any(ce.requires_grad or training for ce, training in seen)
 
 
 def test_p38_target_is_from_counts_before_any_drop():
