@@ -25,7 +25,11 @@ from tests.corpus import make_token_folder
 from tests.ranks import run_ranks
 from tests.tiny import ALONE, CPU, tiny_config
 
-PRESETS = sorted(str(p) for p in Path("configs").glob("*.toml"))
+CONFIGS = Path(__file__).parents[3] / "configs"
+PRESETS = [[path] for path in sorted(CONFIGS.glob("*.toml"))]
+PRESETS += [
+    [CONFIGS / "tiny.toml", path] for path in sorted((CONFIGS / "methods").glob("*.toml")) if path.stem != "none"
+]
 SMALL = """
 --model.dim 32 --model.num_layers 3 --model.num_heads 4 --model.num_kv_heads 2 --model.head_dim 8 --model.num_experts 8
 --model.top_k 2 --model.expert_hidden_dim 16 --model.dense_hidden_dim 32 --model.vocab_size 128 --data.seq_len 16
@@ -175,12 +179,14 @@ def _init_hash(rank, n, data, ep):
     return Run(config(data, n, parallel__ep=ep), build_ranks(rank, n, CPU, ep), Path(data), False).init_hash
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda files: "+".join(path.stem for path in files))
 def test_p05_bias_moves_in_every_preset(tmp_path, preset):
     from moe.config import resolve
 
     data = make_token_folder(tmp_path / "data")
-    c = resolve(load([preset], [*SMALL_WORDS, "--data.path", str(data), "--observe.peak_tflops", "1.0"]))
+    c = resolve(
+        load([str(file) for file in preset], [*SMALL_WORDS, "--data.path", str(data), "--observe.peak_tflops", "1.0"])
+    )
     assert c.balance.method != "none"
     run = Run(c, ALONE, tmp_path, False)
     from moe.train.device import StopSignal
