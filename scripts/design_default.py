@@ -11,9 +11,10 @@ Every cell of CELLS is run for 160 batches with 3 seeds (2 at T = 131,072), all 
   over the mean of the seeds; so the rival of one figure may be another than that of the next;
 - ablations of the default, which are no rivals, and no balancing.
 
-Figures: late = mean MaxVio of the last quarter; early = of the first 40 batches; after = of the 40 batches after the jump
-(stream jump only). Ratios are default / best rival; LIMITS says what passes. A contestant diverged on a seed when its
-bias is not finite or its late MaxVio is above 1.25 times that of no balancing (where none is needed, noise alone exceeds 1).
+Figures: late = mean MaxVio of the last quarter; early = of the first 40 batches; after = of the 40 batches after the
+jump (stream jump only). Ratios are default / best rival; LIMITS says what passes. A contestant diverged on a seed when
+its bias is not finite or its late MaxVio is above 1.25 times that of no balancing (where none is needed, noise alone
+exceeds 1).
 
 CELLS is a fractional design: every pair of levels of any two of its factors occurs, and every stream has each E and
 each K once; T = 131,072 is for four cells only. Among the tables with these properties that random search found it was
@@ -82,19 +83,18 @@ class Cell(NamedTuple):
         return f"{self.stream}, E {self.experts}, K {self.top_k}, T {self.tokens:,}, {self.score}"
 
 
-# fmt: off
+SIGM, SOFT = "sigmoid", "softmax"
 DESIGN = {  # stream: E, K, T, score
-    "iid": [(16, 1, 16384, "softmax"), (64, 2, 2048, "sigmoid"), (256, 8, 2048, "softmax"), (512, 6, 2048, "softmax")],
-    "drift": [(16, 2, 16384, "softmax"), (64, 6, 2048, "softmax"), (256, 8, 2048, "sigmoid"), (512, 1, 2048, "sigmoid")],
-    "fast_drift": [(16, 6, 2048, "sigmoid"), (64, 8, 2048, "sigmoid"), (256, 1, 16384, "softmax"), (512, 2, 2048, "softmax")],
-    "topics": [(16, 6, 16384, "softmax"), (64, 2, 131072, "softmax"), (256, 1, 2048, "sigmoid"), (512, 8, 2048, "softmax")],
-    "skewed": [(16, 1, 16384, "sigmoid"), (64, 8, 2048, "softmax"), (256, 2, 2048, "softmax"), (512, 6, 2048, "softmax")],
-    "jump": [(16, 8, 16384, "softmax"), (64, 6, 131072, "sigmoid"), (256, 2, 2048, "sigmoid"), (512, 1, 2048, "sigmoid")],
-    "growing": [(16, 8, 131072, "sigmoid"), (64, 1, 16384, "softmax"), (256, 6, 2048, "softmax"), (512, 2, 2048, "sigmoid")],
-    "times_ten": [(16, 6, 2048, "sigmoid"), (64, 8, 2048, "sigmoid"), (256, 1, 131072, "softmax"), (512, 2, 16384, "sigmoid")],
-    "recorded": [(16, 2, 16384, "sigmoid"), (64, 1, 2048, "sigmoid"), (256, 6, 2048, "sigmoid"), (512, 8, 2048, "softmax")],
+    "iid": [(16, 1, 16384, SOFT), (64, 2, 2048, SIGM), (256, 8, 2048, SOFT), (512, 6, 2048, SOFT)],
+    "drift": [(16, 2, 16384, SOFT), (64, 6, 2048, SOFT), (256, 8, 2048, SIGM), (512, 1, 2048, SIGM)],
+    "fast_drift": [(16, 6, 2048, SIGM), (64, 8, 2048, SIGM), (256, 1, 16384, SOFT), (512, 2, 2048, SOFT)],
+    "topics": [(16, 6, 16384, SOFT), (64, 2, 131072, SOFT), (256, 1, 2048, SIGM), (512, 8, 2048, SOFT)],
+    "skewed": [(16, 1, 16384, SIGM), (64, 8, 2048, SOFT), (256, 2, 2048, SOFT), (512, 6, 2048, SOFT)],
+    "jump": [(16, 8, 16384, SOFT), (64, 6, 131072, SIGM), (256, 2, 2048, SIGM), (512, 1, 2048, SIGM)],
+    "growing": [(16, 8, 131072, SIGM), (64, 1, 16384, SOFT), (256, 6, 2048, SOFT), (512, 2, 2048, SIGM)],
+    "times_ten": [(16, 6, 2048, SIGM), (64, 8, 2048, SIGM), (256, 1, 131072, SOFT), (512, 2, 16384, SIGM)],
+    "recorded": [(16, 2, 16384, SIGM), (64, 1, 2048, SIGM), (256, 6, 2048, SIGM), (512, 8, 2048, SOFT)],
 }
-# fmt: on
 CELLS = [Cell(*setting, stream) for stream, settings in DESIGN.items() for setting in settings]
 
 # -- the contestants ---------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def contestants(cell: Cell) -> dict[str, Balancer]:
 
 
 def chosen_experts(biased_TE: Tensor, top_k: int) -> Tensor:
-    """The set of topk_lowest_index [T, K], in any order: its slow search only for the rows with a tie at the boundary."""
+    """The set of topk_lowest_index [T, K], in any order: its slow search only for rows with a tie at the boundary."""
     values, ids = biased_TE.topk(top_k + 1, dim=-1)
     ids_TK, tied_T = ids[:, :top_k], values[:, top_k - 1] == values[:, top_k]
     if tied_T.any():
@@ -176,7 +176,7 @@ def chosen_experts(biased_TE: Tensor, top_k: int) -> Tensor:
 
 
 def simulate(batches: Iterable[Tensor], rules: Mapping[str, Balancer], top_k: int) -> dict[str, list[float]]:
-    """MaxVio of every batch by rule: that of moe.observe.laboratory.simulate, bit for bit, up to seven times as fast."""
+    """MaxVio of every batch by rule: as moe.observe.laboratory.simulate, bit for bit, up to seven times as fast."""
     maxvio: dict[str, list[float]] = {name: [] for name in rules}
     for scores_TE in batches:
         tokens, experts = scores_TE.shape
