@@ -48,7 +48,7 @@ def parse_method(text: str) -> BalanceSection:
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    p = argparse.ArgumentParser(prog="alf-moe theory", description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(prog="alf-moe theory", description=(__doc__ or "").split("\n")[0])
     p.add_argument(
         "--streams", default="fixed,iid,drift,topics,jump", help="comma-separated kinds, or recorded=FILE.npz"
     )
@@ -117,7 +117,8 @@ def run(options: argparse.Namespace, streams: list[str], sections: dict[str, Bal
     found: list[dict[str, Any]] = []
     for kind in streams:
         for seed in range(options.seeds):
-            batches, top_k = open_stream(kind, options, seed)
+            sizes = options.tokens, options.experts, options.top_k, options.score
+            batches, top_k = open_stream(kind, *sizes, options.steps, seed)
             traces, kept = lab.simulate(batches, list(sections.values()), top_k)
             tokens, experts = kept[0].shape
             best = lab.hindsight_bias(kept, top_k)

@@ -18,8 +18,8 @@ exceeds 1).
 
 CELLS is a fractional design: every pair of levels of any two of its factors occurs, and every stream has each E and
 each K once; T = 131,072 is for four cells only. Among the tables with these properties that random search found it was
-taken for its low T * E alone, before any cell had run. Streams: moe/balance/streams.py; `recorded` needs the files
-OUT/recorded/E{E}_K{K}_T{T}_{score}.npz of observe.record_scores with 162 batches, and is skipped without them.
+taken for its low cost (T * E, K) alone, before any cell had run. Streams: moe/balance/streams.py; `recorded` needs the files
+OUT/recorded/E{E}_K{K}_T{T}_{score}.npz of observe.record_scores with 180 batches, and is skipped without them.
 
 `run` resumes: a finished cell and seed is one JSON file in OUT, and is not run again. Letters: T tokens, E experts,
 K experts per token, L MoE layers (one here).
@@ -38,7 +38,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +50,7 @@ from moe.balance.balancer import State
 from moe.balance.bias import Gain
 from moe.balance.quantile import Coordinate
 from moe.balance.stats import RouterStats, add, collect, stack
-from moe.balance.streams import JUMP_AT, open_stream
+from moe.balance.streams import JUMP_AT, SEED_STRIDE, open_stream
 from moe.config import BalanceSection
 from moe.observe.laboratory import Trace, summary
 from moe.train.loop import provenance
@@ -197,9 +196,8 @@ def simulate(batches: Iterable[Tensor], rules: Mapping[str, Balancer], top_k: in
 
 def batches_of(cell: Cell, seed: int, out: Path) -> Iterator[Tensor]:
     """The scores [T, E] of one cell and seed. Raises OSError or ValueError for a recording that does not fit."""
-    options = SimpleNamespace(**cell._asdict(), steps=STEPS)
     kind = f"recorded={out / 'recorded' / cell.recording}" if cell.stream == "recorded" else cell.stream
-    batches, top_k = open_stream(kind, options, seed)
+    batches, top_k = open_stream(kind, cell.tokens, cell.experts, cell.top_k, cell.score, STEPS, seed)
     count = 0
     for scores_TE in batches:
         if (*scores_TE.shape, top_k) != (cell.tokens, cell.experts, cell.top_k):
@@ -207,7 +205,9 @@ def batches_of(cell: Cell, seed: int, out: Path) -> Iterator[Tensor]:
         yield scores_TE
         count += 1
     if count < STEPS:
-        raise ValueError(f"{kind} has {count} batches from seed {seed} on: record {STEPS + cell.seeds - 1} altogether")
+        raise ValueError(
+            f"{kind} has {count} batches from seed {seed} on: record {STEPS + (cell.seeds - 1) * SEED_STRIDE}"
+        )
 
 
 def source_digest() -> str:

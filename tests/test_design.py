@@ -88,8 +88,8 @@ def test_a_second_run_does_nothing_and_a_missing_recording_is_one_line(tmp_path:
     assert "0 units to run" in capsys.readouterr().out
 
     (tmp_path / "recorded").mkdir()
-    scores = np.random.default_rng(0).random((10, 128, 16), dtype=np.float32)
-    np.savez(tmp_path / "recorded" / recorded.recording, scores=scores[:9], top_k=2)
+    scores = np.random.default_rng(0).random((28, 128, 16), dtype=np.float32)
+    np.savez(tmp_path / "recorded" / recorded.recording, scores=scores[:27], top_k=2)
     design.main(["run", "--out", str(tmp_path), "--cells", "1"])
     assert "cell 1, seed 2 skipped" in capsys.readouterr().out  # 7 of 8 batches are left from seed 2 on
     np.savez(tmp_path / "recorded" / recorded.recording, scores=scores, top_k=2)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -62,14 +61,7 @@ def stream(kind: str, tokens: int, num_experts: int, score: str, steps: int, see
         yield scores_TE
 
 
-class StreamOptions(Protocol):
-    """What a laboratory run chooses."""
-
-    tokens: int
-    experts: int
-    top_k: int
-    score: str
-    steps: int
+SEED_STRIDE = 10
 
 
 def recorded_path(kind: str) -> str | None:
@@ -77,13 +69,15 @@ def recorded_path(kind: str) -> str | None:
     return kind.removeprefix("recorded=") if kind.startswith("recorded=") else None
 
 
-def open_stream(kind: str, options: StreamOptions, seed: int) -> tuple[Iterator[Tensor], int]:
-    """Batches of a synthetic or recorded stream, and its top_k. A recorded one brings its own sizes; its seed s begins s
-    batches later. Raises OSError and ValueError for a file that is not there or not such a file."""
+def open_stream(
+    kind: str, tokens: int, num_experts: int, top_k: int, score: str, steps: int, seed: int
+) -> tuple[Iterator[Tensor], int]:
+    """Batches of a synthetic or recorded stream, and its top_k. A recorded one brings its own sizes; its seed s begins
+    s * SEED_STRIDE batches later. Raises OSError and ValueError for a file that is not there or not such a file."""
     path = recorded_path(kind)
     if path is None:
-        return stream(kind, options.tokens, options.experts, options.score, options.steps, seed), options.top_k
+        return stream(kind, tokens, num_experts, score, steps, seed), top_k
     with np.load(path) as file:
         scores, top_k = file["scores"], int(file["top_k"])  # [N, T, E] float16 or float32
-    batches = (torch.from_numpy(batch.astype(np.float32)) for batch in scores[seed : seed + options.steps])
-    return batches, top_k
+    begin = seed * SEED_STRIDE
+    return (torch.from_numpy(batch.astype(np.float32)) for batch in scores[begin : begin + steps]), top_k
