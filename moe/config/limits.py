@@ -1,0 +1,197 @@
+"""What settings may not be together, and what follows from them: `resolve`, pure, called once after the last override."""
+
+from __future__ import annotations
+
+from moe.config.schema import ASSIGNMENTS, RATES, BalanceSection, Config, ConfigError
+
+
+def resolve(config: Config, world_size: int = 1, cuda: bool = False) -> Config:
+    """Fill in every derived setting and check every limit between settings; pure, called once after the last override.
+
+    Raises ConfigError. The result is what is written to the run folder's config.toml.
+    """
+    _check_model(config)
+    _check_ranks(config, world_size)
+    _check_steps(config)
+    _check_balance(config)
+    _check_assignment(config, world_size)
+    m, t, b, o = config.model, config.train, config.balance, config.observe
+    in_theory = m.group_top_k >= m.num_groups and b.method not in ASSIGNMENTS
+    return config.model_copy(
+        update={
+            "model": m.model_copy(
+                update={
+                    "num_kv_heads": m.num_kv_heads or m.num_heads,
+                    "head_dim": m.head_dim or m.dim // m.num_heads,
+                    "dense_hidden_dim": m.dense_hidden_dim or (m.top_k + m.num_shared_experts) * m.expert_hidden_dim,
+                }
+            ),
+            "train": t.model_copy(
+                update={
+                    "micro_batch_size": t.micro_batch_size or t.batch_size // world_size,
+                    "compute_dtype": t.compute_dtype or ("bfloat16" if cuda else "float32"),
+                }
+            ),
+            "balance": b.model_copy(
+                update={
+                    "rate": b.rate or RATES[b.method] if b.method in RATES else None,
+                    "freeze_step": b.freeze_step or (t.steps if b.schedule == "linear" else None),
+                    "group_loss_groups": b.group_loss_groups or config.parallel.ep,
+                }
+            ),
+            "observe": o.model_copy(update={"regret_every": o.regret_every if in_theory else 0}),
+        }
+    )
+
+
+def _require(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise ConfigError(sentence)
+
+
+def _check_model(config: Config) -> None:
+    m = config.model
+    _require(
+        m.top_k < m.num_experts,
+        f"model.top_k = {m.top_k} leaves nothing to choose from model.num_experts = {m.num_experts}: "
+        f"set model.top_k to at most {m.num_experts - 1} or raise model.num_experts",
+    )
+    _require(
+        m.first_k_dense < m.num_layers or (config.balance.method == "none" and m.first_k_dense == m.num_layers),
+        f"model.first_k_dense = {m.first_k_dense} leaves no MoE layer among model.num_layers = {m.num_layers} for "
+        f"balance.method = {config.balance.method!r}: lower model.first_k_dense"
+        + (" or set balance.method to none" if m.first_k_dense == m.num_layers else ""),
+    )
+    _require(
+        m.head_dim is not None or m.dim % m.num_heads == 0,
+        f"model.dim = {m.dim} is not divisible by model.num_heads = {m.num_heads}: change one of them or set model.head_dim",
+    )
+    head_dim = m.head_dim or m.dim // m.num_heads
+    _require(head_dim % 2 == 0, f"model.head_dim = {head_dim} is odd, and RoPE turns pairs: set an even model.head_dim")
+    kv = m.num_kv_heads or m.num_heads
+    _require(
+        m.num_heads % kv == 0,
+        f"model.num_kv_heads = {kv} does not divide model.num_heads = {m.num_heads}: choose a divisor",
+    )
+    per_group = m.num_experts // m.num_groups
+    _require(
+        m.num_experts % m.num_groups == 0 and (m.num_groups == 1 or per_group >= 2),
+        f"model.num_groups = {m.num_groups} does not divide model.num_experts = {m.num_experts} into groups of two or "
+        "more: choose such a divisor, or 1 for no groups",
+    )
+    _require(
+        m.group_top_k <= m.num_groups,
+        f"model.group_top_k = {m.group_top_k} is more than model.num_groups = {m.num_groups}: choose at most that many",
+    )
+    allowed = m.group_top_k * per_group
+    _require(
+        m.top_k < allowed,
+        f"model.top_k = {m.top_k} leaves nothing to choose from the {allowed} experts of model.group_top_k = "
+        f"{m.group_top_k} groups: raise model.group_top_k or lower model.top_k",
+    )
+    for name in ("dim", "expert_hidden_dim"):
+        value = getattr(m, name)
+        _require(
+            value % 8 == 0,
+            f"model.{name} = {value} is not a multiple of 8, which grouped matrix products need "
+            f"(16-byte strides): set it to {-(-value // 8) * 8}",
+        )
+
+
+def _check_ranks(config: Config, world_size: int) -> None:
+    ep, experts = config.parallel.ep, config.model.num_experts
+    _require(
+        world_size % ep == 0,
+        f"parallel.ep = {ep} does not divide the {world_size} ranks: start a multiple of {ep} processes "
+        f"(make train NPROC={ep}) or set parallel.ep to a divisor of {world_size}",
+    )
+    _require(
+        experts % ep == 0,
+        f"parallel.ep = {ep} does not divide model.num_experts = {experts}: choose a divisor of {experts}",
+    )
+    batch, micro = config.train.batch_size, config.train.micro_batch_size
+    _require(
+        batch % world_size == 0,
+        f"train.batch_size = {batch} is not divisible by the {world_size} ranks: set it to a multiple of {world_size}",
+    )
+    _require(
+        micro is None or (batch // world_size) % micro == 0,
+        f"train.micro_batch_size = {micro} does not divide the {batch // world_size} sequences of a rank "
+        f"(train.batch_size = {batch} over {world_size} ranks): choose a divisor of {batch // world_size}",
+    )
+
+
+def _check_steps(config: Config) -> None:
+    o, steps = config.optim, config.train.steps
+    _require(
+        o.warmup_steps <= steps,
+        f"optim.warmup_steps = {o.warmup_steps} is more than train.steps = {steps}: lower it or raise train.steps",
+    )
+    name = config.run.name
+    _require(
+        name is None or (name not in ("", ".", "..") and "/" not in name and not name.startswith("-")),
+        f"run.name = {name!r} is not a folder name: use letters, digits, '.', '_' and '-'",
+    )
+
+
+def check_rule(b: BalanceSection) -> None:
+    """Limits between the settings of a bias rule. Raises ConfigError."""
+    auto = ("proportional", "quantile", "coordinate")
+    _require(
+        b.rate != "auto" or b.method in (*auto, "none"),
+        f"balance.rate = 'auto' does not fit balance.method = {b.method!r}, whose step is no measure of the error: "
+        f"set a number, or a method of {', '.join(auto)}",
+    )
+    _require(
+        not (b.method in ("quantile", "bip", "coordinate") and isinstance(b.rate, float) and b.rate > 2),
+        f"balance.rate = {b.rate} is more than 2 for balance.method = {b.method!r}, which then diverges: set 0.1 to 1",
+    )
+    _require(
+        b.schedule == "constant" or (b.rate or RATES.get(b.method)) != "auto",
+        f"balance.schedule = {b.schedule!r} needs a number to start from, and balance.rate is 'auto' for "
+        f"balance.method = {b.method!r}: set balance.rate, or leave balance.schedule at constant",
+    )
+
+
+def _check_balance(config: Config) -> None:
+    b, m = config.balance, config.model
+    check_rule(b)
+    groups = b.group_loss_groups or config.parallel.ep
+    _require(
+        not b.group_loss or (groups > 1 and m.num_experts % groups == 0),
+        f"balance.group_loss_groups = {groups} does not divide model.num_experts = {m.num_experts} into two groups or "
+        "more: choose such a divisor",
+    )
+    for layer in b.frozen_layers:
+        _require(
+            m.first_k_dense <= layer < m.num_layers,
+            f"balance.frozen_layers has {layer}, which is no MoE layer: name layers from {m.first_k_dense} to "
+            f"{m.num_layers - 1}",
+        )
+
+
+def _check_assignment(config: Config, world_size: int) -> None:
+    b, m, t = config.balance, config.model, config.train
+    if b.method not in ASSIGNMENTS:
+        return
+    _require(
+        b.method == "hash" or (world_size == 1 and t.micro_batch_size in (None, t.batch_size)),
+        f"balance.method = {b.method!r} looks at the whole batch at once, which {world_size} ranks with "
+        f"train.micro_batch_size = {t.micro_batch_size or t.batch_size // world_size} do not: use one process (--nproc 1) "
+        "and no micro-batches",
+    )
+    _require(
+        b.method != "base" or m.top_k == 1,
+        f"model.top_k = {m.top_k} does not fit balance.method = 'base', which gives a token one expert: set model.top_k to 1",
+    )
+    _require(
+        m.num_groups == 1,
+        f"model.num_groups = {m.num_groups} does not fit balance.method = {b.method!r}, which knows no groups: set it to 1",
+    )
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration as TOML text; settings that are None are left out."""
+    import tomli_w
+
+    return tomli_w.dumps(config.model_dump(exclude_none=True))
