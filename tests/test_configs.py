@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from moe.balance import BALANCERS
 from moe.config import Config, ConfigError, load, resolve, to_toml, validate
 from moe.observe.cost import parameter_counts
 
 FOLDER = Path(__file__).parents[1] / "configs"
 SIZES = sorted(path.stem for path in FOLDER.glob("*.toml"))
 METHODS = sorted(path.stem for path in (FOLDER / "methods").glob("*.toml"))
+ALONE = {"sinkhorn", "base", "expert-choice", "bip-leaky"}  # methods that want one process
 WORLDS = {
     "tiny": [2, 4],
     "small": [1, 2],
@@ -45,12 +48,20 @@ def test_is_short(path: Path):
 def test_methods_lay_over_every_size(method: str):
     for name in SIZES:
         files = [str(FOLDER / f"{name}.toml"), str(FOLDER / "methods" / f"{method}.toml")]
-        assert resolve(load(files), WORLDS[name][0]).balance.method == method
+        loaded = load(files)
+        if alone := method in ALONE:
+            loaded = loaded.model_copy(update={"train": loaded.train.model_copy(update={"micro_batch_size": None})})
+        resolved = resolve(loaded, 1 if alone else WORLDS[name][0])
+        balance = tomllib.loads(Path(files[1]).read_text())["balance"]
+        assert {key: getattr(resolved.balance, key) for key in balance} == balance
+
+
+def test_every_method_has_a_configuration():
+    named = {tomllib.loads((FOLDER / "methods" / f"{m}.toml").read_text())["balance"]["method"] for m in METHODS}
+    assert named == set(BALANCERS)
 
 
 def test_resolved_text_is_a_fixed_point():
-    import tomllib
-
     resolved = config("tiny", 2)
     assert resolve(validate(tomllib.loads(to_toml(resolved))), 2) == resolved
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe.config import load
+from moe.config import ASSIGNMENTS, load
 from moe.observe.sinks import read_metrics
 from moe.parallel import build_ranks
 from moe.train import checkpoint
@@ -28,7 +28,9 @@ from tests.tiny import ALONE, CPU, tiny_config
 CONFIGS = Path(__file__).parents[3] / "configs"
 PRESETS = [[path] for path in sorted(CONFIGS.glob("*.toml"))]
 PRESETS += [
-    [CONFIGS / "tiny.toml", path] for path in sorted((CONFIGS / "methods").glob("*.toml")) if path.stem != "none"
+    [CONFIGS / "tiny.toml", path]
+    for path in sorted((CONFIGS / "methods").glob("*.toml"))
+    if load([str(CONFIGS / "tiny.toml"), str(path)]).balance.method not in ("none", *ASSIGNMENTS)
 ]
 SMALL = """
 --model.dim 32 --model.num_layers 3 --model.num_heads 4 --model.num_kv_heads 2 --model.head_dim 8 --model.num_experts 8
