@@ -68,6 +68,7 @@ def _on_two_ranks(rank, n, data, folder):
     assert Run(dense, build_ranks(rank, n, CPU, 1), Path(folder) / "dense", True).progress.step == 5
     stopped = Run(config(data, n), build_ranks(rank, n, CPU, 1), Path(folder), False)
     outcome = run_steps(stopped, AskedOf(rank == 1))
+    assert checkpoint.find(stopped.checkpoints, stopped.ranks, print)[1]["step"] == stopped.progress.step
     return bias, outcome.code, stopped.progress.step
 
 
@@ -173,6 +174,25 @@ def test_a_logged_loss_is_the_mean_of_the_applied_steps_since_the_last_one(data,
     assert [r["train/tokens"] for r in rows] == [3 * 128, 5 * 128, 6 * 128]
 
 
+def test_the_order_hash_is_of_every_sample_so_far(data, tmp_path):
+    run, expected = Run(config(data), ALONE, tmp_path, False), ""
+    for step in range(3):
+        run.train_step(False)
+        expected = run.data.order_hash(expected, step)
+    assert run.progress.order_hash == expected
+    assert run.next_samples() == run.data.order_hash(expected, 3)
+
+
+def test_p07_a_resumed_router_has_the_bias_and_the_shares_of_the_balancer(data, tmp_path):
+    c = config(data, balance__phi_loss=0.1, train__steps=2)
+    assert train(c, ALONE, tmp_path / "run", False).code == 0
+    run = Run(c, ALONE, tmp_path / "run", True)
+    for index, router in enumerate(run.routers.values()):
+        assert torch.equal(router.ema_share_E, run.balancer.state["ema_share"][index])
+        assert (router.ema_share_E - 1 / 8).abs().max() > 1e-6
+        assert torch.equal(router.expert_bias_E, run.balancer.bias_LE[index]) and router.expert_bias_E.abs().max() > 0
+
+
 # -- the end -----------------------------------------------------------------------------------------------------------
 
 
@@ -192,6 +212,8 @@ def test_a_resumed_run_keeps_its_identity_and_refuses_other_data(data, tmp_path)
     about = (tmp_path / "run" / "run.json").read_text()
     assert train(config(data, train__steps=3), ALONE, tmp_path / "run", True).code == 0
     assert (tmp_path / "run" / "run.json").read_text() == about
+    with np.load(tmp_path / "run" / "loads.npz") as loads:
+        assert loads["steps"].tolist() == [2, 3]  # the loads of both parts
     kinds = [json.loads(line)["event"] for line in (tmp_path / "run" / "events.jsonl").open()]
     assert kinds == ["start", "save", "resume", "save"]
     other = str(make_token_folder(tmp_path / "other", seed=1))
