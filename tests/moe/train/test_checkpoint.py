@@ -121,8 +121,12 @@ def test_p44_a_changed_file_is_refused_before_anything_is_unpickled(tmp_path):
     assert marker.exists()  # it would have run
 
 
-def test_p44_files_that_the_manifest_does_not_name_are_refused(tmp_path):
+def test_p44_files_that_are_cut_or_that_the_manifest_does_not_name_are_refused(tmp_path):
     path = save(tmp_path, 1)
+    whole = (path / "trainer.json").read_bytes()
+    (path / "trainer.json").write_bytes(whole[:-1])
+    assert checkpoint.verify(path) == f"trainer.json has {len(whole) - 1} bytes, the manifest says {len(whole)}"
+    (path / "trainer.json").write_bytes(whole)
     (path / "state" / "extra.distcp").write_text("")
     assert "extra.distcp" in str(checkpoint.verify(path))
     (path / "state" / "extra.distcp").unlink()

@@ -79,10 +79,10 @@ def test_p23_losses_do_not_depend_on_ranks_and_micro_batches(reference, n, ep, m
                     torch.testing.assert_close(torch.tensor(state[key]), torch.tensor(state_1[key]))
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [*LOSSES, "z"])
 def test_p23_the_gradient_of_the_loss_reaches_the_router(name):
     grads = []
-    for settings in (LOSSES[name], {}):
+    for settings in ((LOSSES | {"z": {"balance__z_loss": 0.01}})[name], {}):
         engine = NativeEngine(tiny_config(**settings), ALONE, 0)
         for router in engine.model.routers.values():
             if router.ema_share_E is not None:

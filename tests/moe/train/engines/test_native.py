@@ -132,8 +132,9 @@ def test_p41_every_used_expert_and_every_other_parameter_trains():
             assert not torch.equal(parameter, before[name]), name
 
 
-def test_clipping_uses_the_true_norm():
-    engine = NativeEngine(tiny_config(optim__grad_clip=1e-3), ALONE, 0)
+@pytest.mark.parametrize("limit", [1e-3, 1e3])
+def test_clipping_uses_the_true_norm_and_never_scales_up(limit):
+    engine = NativeEngine(tiny_config(optim__grad_clip=limit), ALONE, 0)
     engine.forward_backward(micro_batches(0, 1, 8, 0, False))
     expected = torch.cat([p.grad.flatten() for p in engine.model.parameters()]).norm().item()
     seen = []
@@ -141,7 +142,7 @@ def test_clipping_uses_the_true_norm():
         torch.cat([p.grad.flatten() for p in engine.model.parameters()]).norm().item()
     )
     assert engine.step().grad_norm == pytest.approx(expected, rel=1e-5)
-    assert seen[0] == pytest.approx(1e-3, rel=1e-4)
+    assert seen[0] == pytest.approx(min(limit, expected), rel=1e-4) and 1e-3 < expected < 1e3
 
 
 def test_p04_evaluation_counts_nothing_for_the_balancer_and_changes_nothing():
