@@ -270,6 +270,11 @@ def test_a_second_signal_leaves_the_first_its_time(words, workers, run_dir, caps
     assert "already stopping" in capsys.readouterr().err
 
 
+def test_ctrl_c_of_the_terminal_reaches_the_launcher_alone(words, workers):
+    workers("import os, sys; sys.exit(os.getsid(0) != os.getpid())")  # a session of its own
+    assert train.main(words) == 0
+
+
 def test_a_signal_before_the_first_step_is_no_crash(words, workers, run_dir, capsys):
     workers(f"import os, time; os.kill({os.getpid()}, {int(signal.SIGTERM)}); time.sleep(20)")
     assert train.main(words) == 1
@@ -280,6 +285,7 @@ def test_a_signal_before_the_first_step_is_no_crash(words, workers, run_dir, cap
 
 def test_what_to_do_next_names_the_newest_checkpoint(words, workers, run_dir, capsys):
     leave(run_dir, "run.json", "checkpoints/step-00000009/x", "checkpoints/step-00000010/x")
+    (run_dir / "exit.json").write_text('{"code": 75}')  # of the last start: it says nothing about this one
     workers("import sys; sys.exit(1)")
     assert train.main([*words, "--resume"]) == 1
     err = capsys.readouterr().err
