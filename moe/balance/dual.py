@@ -247,16 +247,21 @@ def _solve_layer(scores_TE: Tensor, top_k: int, tol: float) -> DualSolution:
         rough = _interior_point(sample_PE, load_E, top_k, 1e-5 * float(sample_PE.abs().sum()))
         point, iterations = _newton(scores_TE, _look(scores_TE, rough.bias_E, top_k), top_k)
         iterations += rough.steps
+    lower, last_gap = -math.inf, math.inf
     while True:
-        bias_E, lower, steps = _solve_pool(scores_TE, point, top_k, pool, tol)
-        iterations += steps
-        value = float(dual_value(scores_TE, bias_E, top_k))
-        gap = max(0.0, value - lower)
-        if pool == tokens or gap <= tol * max(1.0, abs(value)):
-            return DualSolution(
-                bias_E, bias_E.new_tensor(value), bias_E.new_tensor(gap), torch.tensor(iterations, device=bias_E.device)
-            )
-        pool = min(4 * pool, tokens)
+        bias_E, found, steps = _solve_pool(scores_TE, point, top_k, pool, tol)
+        lower, iterations = max(lower, found), iterations + steps
+        solved = _look(scores_TE, bias_E, top_k)
+        if solved.value < point.value or pool == tokens:
+            point = solved
+        gap = max(0.0, point.value - lower)
+        if pool == tokens or gap <= tol * max(1.0, abs(point.value)):
+            value, steps_taken = point.value, torch.tensor(iterations, device=bias_E.device)
+            return DualSolution(point.bias_E, bias_E.new_tensor(value), bias_E.new_tensor(gap), steps_taken)
+        # From the better bias fewer tokens are in doubt: the same number of them may do now.
+        if not gap < last_gap / 4:
+            pool = min(4 * pool, tokens)
+        last_gap = gap
 
 
 class _Point(NamedTuple):
@@ -299,10 +304,13 @@ def _newton(scores_TE: Tensor, point: _Point, top_k: int, max_steps: int = 6) ->
         share_T = (1 - point.margin_T[near_T] / width) / 2
         blurred_E = point.excess_E.index_add(0, pairs_T2[:, 0], share_T, alpha=-1).index_add(0, pairs_T2[:, 1], share_T)
         curvature_EE = _laplacian(pairs_T2, near_T[near_T], num_experts) / (2 * width)
-        change_E = _solve_laplacian(curvature_EE, -blurred_E, ridge=1e-4).clamp(-width, width)
-        trial = _look(scores_TE, point.bias_E + change_E, top_k)
-        if trial.value < point.value:
-            point = trial
+        change_E = _solve_laplacian(curvature_EE, -blurred_E, ridge=1e-4)
+        # The whole step is what an expert with few tokens at its boundary needs; the limited one is safe.
+        for move_E in (change_E, change_E.clamp(-width, width)):
+            trial = _look(scores_TE, point.bias_E + move_E, top_k)
+            if trial.value < point.value:
+                point = trial
+                break
         else:
             widest = width / 4
     return point, max_steps
