@@ -60,16 +60,16 @@ def response_edges(device: torch.device | str = "cpu") -> Tensor:
 
 
 def coordinate_minimiser_binned(histogram_LEB: Tensor, target_L1: Tensor) -> Tensor:
-    """q [L, E] float64 from the histogram of r (B ascending bins), linear inside a bin; 0 for an empty layer."""
+    """q [L, E] float64 from the histogram of r (B ascending bins), linear inside a bin."""
     edges = response_edges(histogram_LEB.device)
-    # Loads as seen from the top: tokens held when everything above an edge is held.
-    held_LEB = histogram_LEB.flip(-1).cumsum(-1).double()
-    index = torch.searchsorted(held_LEB, target_L1[..., None].expand(*held_LEB.shape[:-1], 1).contiguous())
-    index = index.clamp_max(RESPONSE_BINS - 1)
-    inside = histogram_LEB.flip(-1).gather(-1, index).double()
-    below = held_LEB.gather(-1, index) - inside
-    share = ((target_L1[..., None] - below) / inside.clamp_min(1)).clamp(0, 1)
-    upper, lower = edges.flip(0)[index], edges.flip(0)[index + 1]
+    below_LEB = histogram_LEB.cumsum(-1)
+    total_LE1 = below_LEB[..., -1:]
+    # The highest bin such that it and all bins above hold L, in integers: at most total - ceil(L) lie below it.
+    room_LE1 = (total_LE1 - target_L1.ceil().long()[..., None]).contiguous()
+    index = torch.searchsorted(below_LEB, room_LE1, right=True).clamp_max(RESPONSE_BINS - 1)
+    inside, above = histogram_LEB.gather(-1, index), total_LE1 - below_LEB.gather(-1, index)
+    share = ((target_L1[..., None] - above) / inside.clamp_min(1)).clamp(0, 1)
+    upper, lower = edges[index + 1], edges[index]
     return -(upper + share * (lower - upper)).squeeze(-1)
 
 
@@ -77,9 +77,9 @@ def quantile_bias_binned(histogram_LEB: Tensor, low_L: Tensor, high_L: Tensor, t
     """The bias of quantile balancing from B uniform bins of alpha_i - s_ik on [low, high]: its K / E quantile over the
     tokens, linear inside a bin, [L, E] float64 (Kimi K3 report: pooled counts, not averaged quantiles)."""
     bins = histogram_LEB.shape[-1]
-    rank_LE1 = histogram_LEB.sum(-1, keepdim=True).double() * top_k / histogram_LEB.shape[1]
-    held_LEB = histogram_LEB.cumsum(-1).double()
-    index = torch.searchsorted(held_LEB, rank_LE1.contiguous()).clamp_max(bins - 1)
+    held_LEB = histogram_LEB.cumsum(-1)
+    rank_LE1 = held_LEB[..., -1:].double() * top_k / histogram_LEB.shape[1]
+    index = torch.searchsorted(held_LEB, rank_LE1.ceil().long()).clamp_max(bins - 1)
     inside = histogram_LEB.gather(-1, index).double()
     share = ((rank_LE1 - held_LEB.gather(-1, index) + inside) / inside.clamp_min(1)).clamp(0, 1)
     width_L1 = (high_L - low_L).double()[:, None] / bins
