@@ -192,3 +192,12 @@ def test_zero_coefficients_give_zero_losses_and_no_gradient_path():
     ids = torch.zeros(4, 2, dtype=torch.int64)
     out = router_losses(section, logits, logits.sigmoid(), ids, torch.ones(8).long(), None, torch.zeros(8, 3), None, 4)
     assert float(out.aux) == float(out.z) == 0.0 and out.prob_sum_E is None
+
+
+@pytest.mark.parametrize("method", sorted(set(BALANCERS) - {"base"}))
+def test_p12_nan_scores_are_a_skipped_step_and_no_crash(method):
+    engine = NativeEngine(tiny_config(balance__method=method, balance__rate=None), ALONE, 0)
+    with torch.no_grad():
+        next(iter(engine.model.routers.values())).weight[0] = torch.nan
+    engine.forward_backward(batches(0, 1, 8, 0))
+    assert not engine.step().applied
