@@ -30,7 +30,7 @@ from moe.balance.stats import collect, flatten, stack
 from moe.balance.streams import stream
 from moe.config import RATES, BalanceSection, load, resolve
 from moe.model.router import Router
-from moe.train.loop import provenance
+from moe.train.about import provenance
 
 RULES = [name for name, kind in BALANCERS.items() if kind is not Balancer]
 

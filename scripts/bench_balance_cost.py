@@ -28,7 +28,8 @@ from moe.balance import Balancer
 from moe.config import load, resolve
 from moe.observe.load import LoadTracker
 from moe.parallel import BalanceSum, Ranks, build_ranks, join_ranks
-from moe.train.loop import Run, provenance
+from moe.train.about import provenance
+from moe.train.loop import Run
 
 BLOCK = 10  # one logged line each, as observe.log_every has it
 WARM_UP = 3  # blocks of each run that are not counted

@@ -53,7 +53,7 @@ from moe.balance.stats import RouterStats, add, collect, stack
 from moe.balance.streams import JUMP_AT, SEED_STRIDE, open_stream
 from moe.config import BalanceSection
 from moe.observe.laboratory import Trace, summary
-from moe.train.loop import provenance
+from moe.train.about import provenance
 
 STEPS = 160
 BLOCK = 2**18  # scores of one block of tokens, small enough for a core's cache; the statistics of blocks add up exactly

@@ -3,38 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
 import uuid
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import xxhash
 
-import moe
 from moe.balance import Balancer, build_balancer
 from moe.balance.dual import sampling_floor
 from moe.config import Config, to_toml
-from moe.model.experts import local_tensor
 from moe.model.loss import IGNORED
-from moe.model.transformer import Transformer
 from moe.observe import cost, load
 from moe.observe.regret import RegretMeter
 from moe.observe.scores import ScoreRecorder, probe_scores
 from moe.observe.sinks import Sinks
 from moe.parallel import Ranks
 from moe.train import checkpoint
+from moe.train.about import device_name, peak_tflops, provenance, weights_hash
 from moe.train.data import Batch, DataError, TokenData
 from moe.train.device import (
     Clock,
     Profiler,
     StopSignal,
     free_memory_gib,
-    measured_peak_tflops,
     peak_memory_gib,
     set_deterministic,
 )
@@ -83,7 +75,7 @@ class Run:
         self.progress = Progress()
         if resume:
             self.restore()
-        self.peak_tflops, self.peak_source = self._peak()
+        self.peak_tflops, self.peak_source = peak_tflops(config, ranks)
         self.clock = Clock(ranks.device)
         self.losses_3 = torch.zeros(3, dtype=torch.float64, device=ranks.device)
         self.loss_tokens = torch.zeros((), dtype=torch.int64, device=ranks.device)
@@ -246,16 +238,6 @@ class Run:
             "deterministic_flags": self.flags,
         }
 
-    def _peak(self) -> tuple[float, str]:
-        c, ranks = self.config, self.ranks
-        if c.observe.peak_tflops:
-            return c.observe.peak_tflops * ranks.world_size, "observe.peak_tflops"
-        if known := cost.device_peak_tflops(device_name(ranks.device)):
-            return known * ranks.world_size, "data sheet"
-        dtype = torch.bfloat16 if c.train.compute_dtype == "bfloat16" else torch.float32
-        ranks.barrier()  # all ranks measure together: they share the cores, as in training
-        return sum(ranks.gather_objects(measured_peak_tflops(dtype, ranks.device))), "measured"
-
     # -- state ---------------------------------------------------------------------------------------------------------
 
     @property
@@ -415,36 +397,3 @@ def summary(run: Run, outcome: Outcome) -> dict[str, Any]:
         "idle_late": load.late_idle(run.tracker.history(), share=0.2),
         "run_dir": str(run.run_dir),
     }
-
-
-def provenance() -> dict[str, Any]:
-    """Versions and commit of this run."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(moe.__file__).parent)
-    return {
-        "alf_moe": moe.__version__,
-        "git": git.stdout.strip() or None,
-        "torch": torch.__version__,
-        "triton": version("triton"),
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-    }
-
-
-def device_name(device: torch.device) -> str:
-    """For the start-up block and the peak table."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def weights_hash(model: Transformer, ranks: Ranks) -> str:
-    """A hash of all weights that does not depend on the layout of the ranks: comparisons are refused when it differs."""
-    parts: dict[str, str] = {}
-    for name, parameter in model.named_parameters():
-        local = local_tensor(parameter.detach()).cpu()
-        if ".experts." in name:
-            first = ranks.rank % (model.config.parallel.ep) * local.shape[0]
-            parts |= {f"{name}/{first + i}": xxhash.xxh3_64_hexdigest(e.numpy().tobytes()) for i, e in enumerate(local)}
-        else:
-            parts[name] = xxhash.xxh3_64_hexdigest(local.numpy().tobytes())
-    everything = {key: value for part in ranks.gather_objects(parts) for key, value in part.items()}
-    return xxhash.xxh3_64_hexdigest(json.dumps(everything, sort_keys=True).encode())

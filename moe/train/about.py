@@ -1,0 +1,66 @@
+"""What a run is: versions and commit, the device and its peak rate, a hash of the weights it began with."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+import moe
+from moe.config import Config
+from moe.model.experts import local_tensor
+from moe.model.transformer import Transformer
+from moe.observe import cost
+from moe.parallel import Ranks
+from moe.train.device import measured_peak_tflops
+
+
+def provenance() -> dict[str, Any]:
+    """Versions and commit of this run."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(moe.__file__).parent)
+    return {
+        "alf_moe": moe.__version__,
+        "git": git.stdout.strip() or None,
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """For the start-up block and the peak table."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def weights_hash(model: Transformer, ranks: Ranks) -> str:
+    """A hash of all weights that does not depend on the layout of the ranks: comparisons are refused when it differs."""
+    parts: dict[str, str] = {}
+    for name, parameter in model.named_parameters():
+        local = local_tensor(parameter.detach()).cpu()
+        if ".experts." in name:
+            first = ranks.rank % (model.config.parallel.ep) * local.shape[0]
+            parts |= {f"{name}/{first + i}": xxhash.xxh3_64_hexdigest(e.numpy().tobytes()) for i, e in enumerate(local)}
+        else:
+            parts[name] = xxhash.xxh3_64_hexdigest(local.numpy().tobytes())
+    everything = {key: value for part in ranks.gather_objects(parts) for key, value in part.items()}
+    return xxhash.xxh3_64_hexdigest(json.dumps(everything, sort_keys=True).encode())
+
+
+def peak_tflops(config: Config, ranks: Ranks) -> tuple[float, str]:
+    """TFLOP/s of all devices together, and where the figure is from. A collective where it is measured."""
+    if config.observe.peak_tflops:
+        return config.observe.peak_tflops * ranks.world_size, "observe.peak_tflops"
+    if known := cost.device_peak_tflops(device_name(ranks.device)):
+        return known * ranks.world_size, "data sheet"
+    dtype = torch.bfloat16 if config.train.compute_dtype == "bfloat16" else torch.float32
+    ranks.barrier()  # all ranks measure together: they share the cores, as in training
+    return sum(ranks.gather_objects(measured_peak_tflops(dtype, ranks.device))), "measured"
