@@ -149,7 +149,8 @@ class RegretMeter:
         best_LE = torch.zeros(len(self.layers), self.num_experts, dtype=torch.float64)
         for layer in range(ranks.rank, len(self.layers), ranks.world_size):
             scores_TE, bias_E = scores_LTE[layer], bias_LE[layer]
-            own[0, layer] = (dual_value(scores_TE, bias_E, top_k) - solve_dual(scores_TE, top_k).value) / tokens
+            regret = dual_value(scores_TE, bias_E, top_k) - solve_dual(scores_TE, top_k).value
+            own[0, layer] = regret.clamp_min(0) / tokens  # rounding can leave it just below
             own[1, layer] = balance_tax(scores_TE, bias_E, top_k)
             own[2, layer] = curvature(scores_TE, bias_E, top_k) / tokens
             best = solve_dual(s["scores_LRE"][layer, :filled], top_k)
