@@ -47,6 +47,7 @@ def save(folder: Path, step: int, state: dict[str, Any], trainer: dict[str, Any]
         _write_manifest(partial)
         shutil.rmtree(final, ignore_errors=True)  # only a damaged one can be there: whole ones are resumed from
         partial.rename(final)
+        _sync_folder(folder)  # the new name survives a power cut before older checkpoints go
         _replace(folder / "LATEST", final.name)
         for old in _steps(folder)[:-keep]:
             shutil.rmtree(folder / old)
@@ -133,6 +134,14 @@ def _write_manifest(folder: Path) -> None:
             os.fsync(file.fileno())
         files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "xxh3": file_hash(path)}
     _replace(folder / "MANIFEST.json", json.dumps({"files": files}, indent=1))
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -297,12 +297,12 @@ class Run:
             print(f"warning: {warning}", flush=True)
         saved, own = trainer["identity"], self.identity()
         for key in own:
-            if saved[key] != own[key]:
+            if saved.get(key) != own[key]:
                 if key == "model":
-                    key = next(f"model.{k}" for k in own["model"] if own["model"][k] != saved["model"].get(k))
-                    was, now = saved["model"].get(key[6:]), own["model"][key[6:]]
+                    key = next(f"model.{k}" for k in own["model"] if own["model"][k] != saved.get("model", {}).get(k))
+                    was, now = saved.get("model", {}).get(key[6:]), own["model"][key[6:]]
                 else:
-                    was, now = saved[key], own[key]
+                    was, now = saved.get(key), own[key]
                 raise checkpoint.CheckpointError(
                     f"{key} = {now!r} differs from {was!r} of checkpoint {path.name}: set it back, or start a new run.name"
                 )

@@ -125,6 +125,16 @@ def test_regret_settings_may_change_on_resume(tmp_path, capsys):
     assert run.regret is not None and int(run.regret.state["probes"]) == 3
 
 
+def test_a_checkpoint_without_a_setting_of_its_identity_is_one_sentence(tmp_path, monkeypatch):
+    c = config(make_token_folder(tmp_path / "data"))
+    identity = Run.identity
+    monkeypatch.setattr(Run, "identity", lambda run: {k: v for k, v in identity(run).items() if k != "run.seed"})
+    assert train(c, ALONE, tmp_path / "run", False).code == 0
+    monkeypatch.setattr(Run, "identity", identity)
+    with pytest.raises(checkpoint.CheckpointError, match=r"run\.seed = 0 differs from None of checkpoint"):
+        Run(c, ALONE, tmp_path / "run", True)
+
+
 def test_resume_refuses_another_order_of_samples(tmp_path, monkeypatch):
     c = config(make_token_folder(tmp_path / "data"))
     assert train(c, ALONE, tmp_path / "run", False).code == 0
