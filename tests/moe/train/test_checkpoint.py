@@ -64,7 +64,7 @@ def test_every_byte_is_on_disk_before_the_checkpoint_gets_its_name(tmp_path, mon
     for file in (p for p in path.rglob("*") if p.is_file()):
         written = "MANIFEST.json.tmp" if file.name == "MANIFEST.json" else file.name
         assert ("fsync", written) in happened[:named], file
-    assert happened[named + 1 :] == [("fsync", "LATEST.tmp"), ("replace", "LATEST")]
+    assert happened[named + 1 :] == [("fsync", tmp_path.name), ("fsync", "LATEST.tmp"), ("replace", "LATEST")]
 
 
 def test_what_an_interrupted_save_left_behind_is_not_in_the_next_one(tmp_path):
