@@ -138,6 +138,14 @@ class LowCap(OtherGain):
     gain = type("Gain08", (Gain,), {"HIGH": 0.8})
 
 
+class HalfStart(Coordinate):
+    """The gain begins at 0.5, not at its upper end."""
+
+    def initial_state(self, num_layers: int, num_experts: int) -> State:
+        state = super().initial_state(num_layers, num_experts)
+        return state | {"gain": torch.full_like(state["gain"], 0.5)}
+
+
 ABLATIONS: dict[str, tuple[type[Balancer], str, float | str]] = {  # class, method and rate of its section
     "published threshold": (BALANCERS["quantile"], "quantile", "auto"),
     "gain 0.2": (Coordinate, "coordinate", 0.2),
@@ -145,6 +153,7 @@ ABLATIONS: dict[str, tuple[type[Balancer], str, float | str]] = {  # class, meth
     "no linear part": (Curved, "coordinate", "auto"),
     "no reset": (NoReset, "coordinate", "auto"),
     "cap 0.8": (LowCap, "coordinate", "auto"),
+    "start 0.5": (HalfStart, "coordinate", "auto"),
 }
 RIVAL_NAMES = [f"{method} {rate:g}" for method, rates in RIVALS.items() for rate in rates]
 

@@ -66,20 +66,20 @@ class Gain:
     For an optimum that wanders and a load that is a sample, the lag-1 covariance of the errors is zero exactly at the gain
     of the Kalman filter, positive below it and negative above it (the innovation test of adaptive filtering; derivation
     and literature in docs/theory.md). So ln rate += SPEED * corr(z_n, z_{n-1}) with z = (L - A) / sqrt(L), whose sampling
-    variance does not depend on the batch's size. A jump of the optimum (an error far above its mean, same sign as the last)
-    sets the rate back to HIGH.
+    variance does not depend on the batch's size. It begins at HIGH, where a filter that knows nothing yet begins, and a jump
+    of the optimum (an error far above its mean, same sign as the last) sets it back there.
 
     State, per layer: "gain" [L, 1], "last_error" [L, E], "error_power" [L, 1] (EMA of |z|^2), "age" [L, 1] int64.
     """
 
-    LOW, HIGH, START, SPEED = 0.03, 1.0, 0.5, 0.3
+    LOW, HIGH, SPEED = 0.03, 1.0, 0.3
     JUMP, MEMORY = 4.0, 0.9
 
     @classmethod
     def initial_state(cls, num_layers: int, num_experts: int) -> dict[str, Tensor]:
         """Before the first batch."""
         return {
-            "gain": torch.full((num_layers, 1), cls.START),
+            "gain": torch.full((num_layers, 1), cls.HIGH),
             "last_error": torch.zeros(num_layers, num_experts),
             "error_power": torch.zeros(num_layers, 1),
             "age": torch.zeros(num_layers, 1, dtype=torch.int64),

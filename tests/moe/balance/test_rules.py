@@ -136,11 +136,15 @@ def test_p14_frozen_layer_and_layer_without_tokens_keep_all_state(method):
 
 def gains(errors, load=100):
     """The gain after each batch, from loads with these errors (tokens away from the target)."""
-    state, out = Gain.initial_state(1, 4), []
+    state, out = Gain.initial_state(1, 4) | {"gain": torch.tensor([[0.5]])}, []
     for e in errors:
         rate, state = Gain.step(state, loads([load - e, load + e, load, load]))
         out.append(rate.item())
     return out
+
+
+def test_gain_begins_at_its_upper_end():
+    assert Gain.initial_state(2, 4)["gain"].tolist() == [[Gain.HIGH]] * 2
 
 
 def test_gain_rises_while_errors_agree_and_falls_while_they_alternate():
