@@ -91,14 +91,14 @@ def check(options: argparse.Namespace) -> tuple[list[str], dict[str, BalanceSect
 def main(argv: list[str]) -> int:
     """Run, write, print the table."""
     options = parser().parse_args(argv)
+    out = Path(options.out)
     try:
         streams, sections = check(options)
+        out.mkdir(parents=True, exist_ok=True)
         results = run(options, streams, sections)
-    except (ConfigError, OSError) as error:
+    except (ValueError, OSError) as error:  # a ConfigError is a ValueError
         print(f"error: {error}", file=sys.stderr)
         return 2
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
     table = markdown(results)
     (out / "table.md").write_text(table + "\n")
     (out / "results.json").write_text(json.dumps({"options": vars(options), "results": results}))

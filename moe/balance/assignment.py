@@ -245,7 +245,7 @@ BIP_ITERATIONS = 4  # published: 2 to 14, 4 in most of the paper's tables
 
 ROUTES: dict[str, Callable[[RouterBatch], Tensor]] = {
     "sinkhorn": lambda batch: sinkhorn_route(batch.logits_TE, batch.top_k),
-    "base": lambda batch: base_route(batch.scores_TE),
+    "base": lambda batch: base_route(batch.scores_TE.nan_to_num()),  # NaN: the step is skipped, not crashed
     "expert_choice": _expert_choice,
     "bip_leaky": _bip_leaky,
     "hash": _hash,

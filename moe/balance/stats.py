@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.router_topk import selection_scores
+from moe.balance.losses import token_shares
 
 FIXED_POINT = 2.0**32  # dual_sum and prob_sum count in units of 2**-32
 LOW_BIN, OCTAVES = -20, 21  # |r| from 1e-6 to 2, two bins an octave
@@ -64,8 +65,7 @@ def collect(
     if "dual_sum" in needs:
         fields["dual_sum"] = _fixed_point(biased_TE.gather(-1, ids_TK).sum(-1), token_mask_T).sum()
     if "prob_sum" in needs:
-        probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        fields["prob_sum"] = _fixed_point(probs_TE, token_mask_T).sum(0)
+        fields["prob_sum"] = _fixed_point(token_shares(scores_TE, token_mask_T), token_mask_T).sum(0)
     if "response_histogram" in needs:
         fields["response_histogram"] = response_histogram(biased_TE, ids_TK, token_mask_T)
     if "quantile_histogram" in needs:

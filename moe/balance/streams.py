@@ -77,7 +77,16 @@ def open_stream(
     path = recorded_path(kind)
     if path is None:
         return stream(kind, tokens, num_experts, score, steps, seed), top_k
-    with np.load(path) as file:
-        scores, top_k = file["scores"], int(file["top_k"])  # [N, T, E] float16 or float32
+    try:
+        with np.load(path) as file:
+            scores, top_k = file["scores"], int(file["top_k"])  # [N, T, E] float16 or float32
+    except (KeyError, ValueError, EOFError) as error:
+        raise ValueError(
+            f"{path} is no recording of observe.record_scores ({error}): name a file of <run>/scores"
+        ) from None
     begin = seed * SEED_STRIDE
+    if begin >= len(scores):
+        raise ValueError(
+            f"{path} has {len(scores)} batches and seed {seed} begins at batch {begin}: record more, or ask for fewer seeds"
+        )
     return (torch.from_numpy(batch.astype(np.float32)) for batch in scores[begin : begin + steps]), top_k

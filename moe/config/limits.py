@@ -156,6 +156,15 @@ def check_rule(b: BalanceSection) -> None:
 def _check_balance(config: Config) -> None:
     b, m = config.balance, config.model
     check_rule(b)
+    _require(
+        b.aux_selection == "biased" or b.aux_scope == "sequence",
+        f"balance.aux_selection = {b.aux_selection!r} is for the sequence scope, and balance.aux_scope = {b.aux_scope!r}: "
+        "set balance.aux_scope to sequence, or leave balance.aux_selection at biased",
+    )
+    _require(
+        b.method != "bip" or not isinstance(b.rate, float) or b.rate <= 1,
+        f"balance.rate = {b.rate} is more than 1 for balance.method = 'bip', whose bias must stay at most 0: set 0.1 to 1",
+    )
     groups = b.group_loss_groups or config.parallel.ep
     _require(
         not b.group_loss or (groups > 1 and m.num_experts % groups == 0),

@@ -192,7 +192,7 @@ class BalanceSection(Section):
     freeze_step: Positive | None = None
     """From this step on the bias stays; default: never (schedule linear: the last step)."""
     frozen_layers: list[NonNegative] = []
-    """Layers, counted from 0, whose bias never moves."""
+    """Layers, counted from 0, whose bias (and shares of phi_loss) never move."""
     clip: PositiveFloat | None = None
     """Limit of the normalised load error |(L - A) / L| that a rule sees; default: none."""
     centre: bool = True

@@ -160,7 +160,7 @@ def static_regret(
 
 def hindsight_bias(batches: Sequence[Tensor], top_k: int) -> Tensor:
     """b* [E] float64: the best fixed bias for all batches, from at most POOL of their tokens, spread evenly."""
-    every = max(1, sum(len(batch) for batch in batches) // POOL)
+    every = -(-sum(len(batch) for batch in batches) // POOL)
     return solve_dual(torch.cat([batch[::every] for batch in batches]), top_k).bias
 
 

@@ -13,6 +13,8 @@ Letters: L MoE layers, T tokens of a probe, E experts, K experts per token, R to
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -140,6 +142,8 @@ class RegretMeter:
     def observe(self, scores_LTE: Tensor, bias_LE: Tensor, ranks: Ranks) -> None:
         """Take a probe in: a collective. scores_LTE float32: of all ranks' probed tokens, the same on every rank, before the
         step. bias_LE: the bias that will route them."""
+        if not bool(scores_LTE.isfinite().all()):
+            return  # the step that these tokens belong to will be skipped; the scores are the same on all ranks
         s, top_k = self.state, self.top_k
         scores_LTE, bias_LE = scores_LTE.cpu(), bias_LE.cpu()
         tokens = scores_LTE.shape[1]
@@ -166,7 +170,8 @@ class RegretMeter:
     def _keep(self, scores_LTE: Tensor, bias_LE: Tensor) -> None:
         s, probe = self.state, int(self.state["probes"])
         # A token stays when its random key is among the R smallest of all: a uniform sample of everything seen.
-        rng = torch.Generator().manual_seed((self.seed << 20) + probe)
+        key = hashlib.sha256(f"{self.seed}/{probe}".encode()).digest()
+        rng = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
         keys_T = torch.rand(scores_LTE.shape[1], generator=rng, dtype=torch.float64)
         places = (scores_LTE.double() + bias_LE.double()[:, None]).topk(self.top_k, dim=-1).values.sum(-1)
         gained_LT = places - self.top_k / self.num_experts * bias_LE.double().sum(-1, keepdim=True)
@@ -193,12 +198,17 @@ class RegretMeter:
         out |= self._one("static_sum", last["static"] * steps) | self._one("mu", self.state["mu_L"] / probes)
         out["regret/probes"] = float(probes)
         bounds = [self.bound(index, last["best_LE"]) for index in range(len(self.layers))]
-        if all(bound.value is not None for bound in bounds):
-            out |= self._one("bound", torch.tensor([b.value for b in bounds], dtype=torch.float64))
-        return out | {"regret/bound_covers": float(bounds[0].value is not None)}
+        values = [bound.value for bound in bounds if bound.value is not None and math.isfinite(bound.value)]
+        covered = len(values) == len(bounds)
+        if covered:
+            out |= self._one("bound", torch.tensor(values, dtype=torch.float64))
+        return out | {"regret/bound_covers": float(covered)}
 
     def bound(self, index: int, best_LE: Tensor) -> Bound:
-        """Of layer number `index`, per token and summed over the steps, as `static_sum`; the hindsight gap is added."""
+        """Of layer number `index`, per token and summed over the steps, as `static_sum`. Added is by how much a minimum over
+        the reservoir's tokens is expected to lie below the minimiser of the mean, once for every step."""
+        if self.layers[index] in self.section.frozen_layers:
+            return Bound(None, NO_BOUND)
         s, T = self.state, self.tokens_per_step
         steps, probes = max(1, int(s["steps"])), int(s["probes"])
         mu = float(s["mu_L"][index]) / probes * T
@@ -208,7 +218,11 @@ class RegretMeter:
         found = regret_bound(self.section, load, steps, gradient, mu, float(distances[0]), float(distances.max()))
         if found.value is None:
             return found
-        return found._replace(value=(found.value + hindsight_gap(T, self.num_experts, self.top_k, mu)) / T)
+        kept = int(s["keys_R"].isfinite().sum())
+        gap = (
+            hindsight_gap(T, self.num_experts, self.top_k, mu) / kept
+        )  # per token: the sum's is the same for any number
+        return found._replace(value=found.value / T + steps * gap)
 
     def _one(self, name: str, value_L: Tensor) -> dict[str, float]:
         digits = max(2, len(str(self.layers[-1])))

@@ -5,7 +5,7 @@ Letters: L MoE layers, T tokens, E experts, N steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,11 +24,11 @@ def tapped(routers: Mapping[int, Router]) -> Iterator[dict[int, list[Tensor]]]:
     found: dict[int, list[Tensor]] = {layer: [] for layer in routers}
 
     def tap(layer: int):
-        def note(_module: object, _inputs: object, routing: Routing) -> None:
+        def note(_module: object, inputs: tuple, routing: Routing) -> None:
             if torch._C._current_graph_task_id() != -1:
                 return  # a recomputation in the backward pass: these tokens were seen
-            real_T = (routing.topk_ids_TK >= 0).any(-1) if routing.masked else slice(None)
-            found[layer].append(routing.scores_TE[real_T])
+            mask_T = inputs[1]  # the layer passes it by position
+            found[layer].append(routing.scores_TE if mask_T is None else routing.scores_TE[mask_T])
 
         return note
 
@@ -41,20 +41,22 @@ def tapped(routers: Mapping[int, Router]) -> Iterator[dict[int, list[Tensor]]]:
 
 
 @torch.no_grad()
-def probe_scores(model: Transformer, tokens_BS: Tensor, mask_T: Tensor | None, ranks: Ranks) -> Tensor:
-    """Scores [L, T, E] float32 of the tokens of all ranks, in the order of the ranks. A forward pass without gradient in
-    evaluation mode: no statistics, no losses. mask_T: bool, False for padding."""
+def probe_scores(model: Transformer, parts: Sequence[tuple[Tensor, Tensor | None]], ranks: Ranks) -> Tensor:
+    """Scores [L, T, E] float32 of the tokens of all ranks, in the order of the ranks. Forward passes without gradient in
+    evaluation mode, whose statistics and losses nobody takes. parts: tokens_BS and mask_T (bool, False for padding) of one
+    pass each; as many on every rank."""
     was_training = model.training
     model.eval()
     with tapped(model.routers) as found:
-        model.hidden(tokens_BS, mask_T)
+        for tokens_BS, mask_T in parts:
+            model.hidden(tokens_BS, mask_T)
     model.train(was_training)
     return ranks.gather_rows(torch.stack([torch.cat(scores) for scores in found.values()], dim=1)).transpose(0, 1)
 
 
 class ScoreRecorder:
     """Keeps the scores of training steps `first` to `first + count - 1` (from 1) of every layer and writes
-    <run>/scores/layer_NN.npz: scores [N, T, E] float32 of the global batch, top_k, steps [N]. Rank 0 holds
+    <run>/scores/layer_NN_steps_A-B.npz: scores [N, T, E] float32 of the global batch, top_k, steps [N]. Rank 0 holds
     N * T * E * 4 bytes a layer until then."""
 
     def __init__(self, routers: Mapping[int, Router], top_k: int, first: int, count: int, folder: Path):
@@ -87,6 +89,7 @@ class ScoreRecorder:
         for layer, kept in self._kept.items():
             tokens = min(len(scores) for scores in kept)
             scores = np.stack([scores[:tokens] for scores in kept])
-            np.savez(self.folder / f"layer_{layer:02d}.npz", scores=scores, top_k=self.top_k, steps=self._seen)
+            name = f"layer_{layer:02d}_steps_{self._seen[0]}-{self._seen[-1]}.npz"  # a resumed run adds files
+            np.savez(self.folder / name, scores=scores, top_k=self.top_k, steps=self._seen)
             kept.clear()
         self._seen = []

@@ -24,10 +24,14 @@ from moe.train.device import measured_peak_tflops
 
 def provenance() -> dict[str, Any]:
     """Versions and commit of this run."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(moe.__file__).parent)
+    folder = Path(moe.__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=folder).stdout.strip()
+    except OSError:  # git is not installed
+        commit = ""
     return {
         "alf_moe": moe.__version__,
-        "git": git.stdout.strip() or None,
+        "git": commit or None,
         "torch": torch.__version__,
         "triton": version("triton"),
         "python": platform.python_version(),
@@ -59,8 +63,8 @@ def peak_tflops(config: Config, ranks: Ranks) -> tuple[float, str]:
     """TFLOP/s of all devices together, and where the figure is from. A collective where it is measured."""
     if config.observe.peak_tflops:
         return config.observe.peak_tflops * ranks.world_size, "observe.peak_tflops"
-    if known := cost.device_peak_tflops(device_name(ranks.device)):
-        return known * ranks.world_size, "data sheet"
+    known = cost.device_peak_tflops(device_name(ranks.device))
     dtype = torch.bfloat16 if config.train.compute_dtype == "bfloat16" else torch.float32
     ranks.barrier()  # all ranks measure together: they share the cores, as in training
-    return sum(ranks.gather_objects(measured_peak_tflops(dtype, ranks.device))), "measured"
+    found = ranks.gather_objects((known or measured_peak_tflops(dtype, ranks.device), known is not None))
+    return sum(rate for rate, _ in found), "data sheet" if all(sheet for _, sheet in found) else "measured"

@@ -112,9 +112,9 @@ class Run:
         c = self.config
         self.engine.set_lr(learning_rate(c.optim, c.train.steps, self.progress.step))
         batches = self.micro_batches()
-        if self.regret is not None and (self.progress.step + 1) % c.observe.regret_every == 0:
+        if self.regret is not None and self.progress.step % c.observe.regret_every == 0:
             with self.clock.regret():
-                self.probe_regret(self.regret, batches[0])
+                self.probe_regret(self.regret, batches)
         with self.recorder.step(self.progress.step + 1, self.ranks):
             out = self.engine.forward_backward(batches)
         with self.clock.balance():
@@ -143,13 +143,19 @@ class Run:
             c.balance, layers, m.num_experts, m.top_k, steps_tokens, o.regret_reservoir, c.run.seed, o.regret_tokens
         )
 
-    def probe_regret(self, meter: RegretMeter, batch: Batch) -> None:
+    def probe_regret(self, meter: RegretMeter, batches: list[Batch]) -> None:
         """The scores of the first tokens of the coming batch, with the bias that will route them."""
         ranks, device = self.ranks, self.ranks.device
-        rows = max(1, meter.probe_tokens // (ranks.world_size * batch.tokens_BS.shape[1]))
-        tokens, targets = batch.tokens_BS[:rows].to(device), batch.targets_BS[:rows].to(device)
-        mask_T = (targets != IGNORED).flatten()
-        scores_LTE = probe_scores(self.engine.model, tokens, None if bool(mask_T.all()) else mask_T, ranks)
+        rows = max(1, meter.probe_tokens // (ranks.world_size * batches[0].tokens_BS.shape[1]))
+        parts = []
+        for batch in batches:
+            real_T = (batch.targets_BS[:rows] != IGNORED).flatten()  # on host
+            mask_T = None if bool(real_T.all()) else real_T.to(device)
+            parts.append((batch.tokens_BS[:rows].to(device), mask_T))
+            rows -= len(batch.tokens_BS)
+            if rows <= 0:
+                break
+        scores_LTE = probe_scores(self.engine.model, parts, ranks)
         meter.observe(scores_LTE, self.balancer.bias_LE, ranks)
 
     def advance(self, out: StepOutput, done: StepResult) -> None:
@@ -299,8 +305,9 @@ class Run:
         for key in own:
             if saved.get(key) != own[key]:
                 if key == "model":
-                    key = next(f"model.{k}" for k in own["model"] if own["model"][k] != saved.get("model", {}).get(k))
-                    was, now = saved.get("model", {}).get(key[6:]), own["model"][key[6:]]
+                    theirs, ours = saved.get("model") or {}, own["model"]
+                    name = next(k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k))
+                    key, was, now = f"model.{name}", theirs.get(name), ours.get(name)
                 else:
                     was, now = saved.get(key), own[key]
                 raise checkpoint.CheckpointError(
@@ -362,6 +369,7 @@ def run_steps(run: Run, signals: StopSignal) -> Outcome:
         if not done.applied:
             run.sinks.event("skip", step=p.step, grad_norm=str(done.grad_norm))
         if p.skipped_in_row >= c.train.max_skipped_steps:
+            run.recorder.write(run.ranks)
             run.save()
             return Outcome(
                 4,
@@ -370,6 +378,7 @@ def run_steps(run: Run, signals: StopSignal) -> Outcome:
                 f"the weights are saved as they were before; lower optim.lr and --resume",
             )
         if stop:
+            run.recorder.write(run.ranks)
             run.save()
             return Outcome(75, f"stopped by a signal after step {p.step}; saved: continue with --resume")
         if c.checkpoint.every and p.step % c.checkpoint.every == 0:
@@ -378,7 +387,7 @@ def run_steps(run: Run, signals: StopSignal) -> Outcome:
         if c.evaluate.every and p.step % c.evaluate.every == 0 and p.step < c.train.steps:
             run.evaluate()
     run.recorder.write(run.ranks)
-    if saved_at != c.train.steps:
+    if saved_at != p.step:
         run.save()
     run.evaluate()
     return Outcome(0, "done")

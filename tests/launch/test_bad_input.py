@@ -75,6 +75,8 @@ CONFIGURATION = [
     ("--model.num_groups 4 --model.group_top_k 5", "model.group_top_k = 5", "model.num_groups = 4"),
     ("--model.num_groups 8", "model.top_k = 2", "the 2 experts", "model.group_top_k"),
     ("--balance.method hash --model.num_groups 4 --model.group_top_k 2", "model.num_groups = 4", "set it to 1"),
+    ("--balance.aux_selection unbiased", "balance.aux_selection = 'unbiased'", "sequence"),
+    ("--balance.method bip --balance.rate 1.5", "balance.rate = 1.5", "'bip'", "0.1 to 1"),
     ("--observe.record_from 0", "observe.record_from = 0", "> 0"),
     ("--balance.rate nan", "balance.rate = nan", "finite"),
     ("--balance.aux_loss -1", "balance.aux_loss", ">= 0"),
@@ -196,11 +198,13 @@ def test_prepare_refuses_in_one_sentence(tmp_path):
         ("--methods quantile:3", ("balance.rate = 3.0", "diverges")),
         ("--methods sinkhorn", ("--methods sinkhorn", "moves no bias")),
         ("--streams fixd", ("--streams fixd", "fixed, iid")),
+        ("--streams recorded=configs/tiny.toml", ("configs/tiny.toml", "no recording", "scores")),
         ("--streams recorded=nowhere.npz", ("recorded=nowhere.npz", "observe.record_scores")),
         ("--top-k 64", ("--top-k = 64", "--experts = 64", "63")),
         ("--tokens 0", ("--tokens = 0", "at least 1")),
         ("--steps 1", ("--steps = 1", "at least 2")),
         ("--out Makefile", ("--out Makefile", "folder")),
+        ("--out Makefile/sub --steps 2", ("Makefile",)),
     ],
 )
 def test_theory_refuses_in_one_sentence(words, says, tmp_path):

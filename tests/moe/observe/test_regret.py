@@ -108,9 +108,13 @@ def test_the_meters_bound_is_that_of_its_measured_constants():
         m.count(torch.tensor([[70, 30, *[50] * 6], [50] * 8]))
     best = m._last["best_LE"]
     start, mu = float((biases()[0, 0].double() - best[0]).norm()), float(m.state["mu_L"][0]) / 4 * T
-    expected = regret_bound(PROPORTIONAL, 50.0, 4, 800**0.5, mu, start, 0.0).value + hindsight_gap(T, E, K, mu)
-    assert m.bound(0, best).value == pytest.approx(expected / T)
+    expected = regret_bound(PROPORTIONAL, 50.0, 4, 800**0.5, mu, start, 0.0).value / T
+    gap = hindsight_gap(T, E, K, mu) / (4 * T)  # the reservoir holds all 4 T tokens
+    assert m.bound(0, best).value == pytest.approx(expected + 4 * gap)
     assert m.metrics()["regret/bound_covers"] == 1.0
+    frozen = meter(BalanceSection(method="proportional", rate=1e-2, frozen_layers=[3]))
+    frozen.observe(probes(1)[0], biases(1)[0], ALONE)
+    assert frozen.metrics()["regret/bound_covers"] == 0.0
     silent = meter(BalanceSection(method="sign", rate=1e-3))
     silent.observe(probes(1)[0], biases(1)[0], ALONE)
     found = silent.metrics()
@@ -122,6 +126,16 @@ def test_curvature_is_zero_for_ties_and_that_of_iid_scores_otherwise():
     scores = torch.rand(200_000, 4, generator=torch.Generator().manual_seed(0))
     # mu / T = E / (E - 1) for uniform scores; the quartile window reads 10 to 12 % low (docs/theory.md)
     assert 0.8 < curvature(scores, torch.zeros(4), 2) / 200_000 / (4 / 3) < 1.0
+
+
+def test_scores_that_are_not_finite_are_no_probe_and_large_seeds_fit():
+    m = RegretMeter(PROPORTIONAL, (0, 3), E, K, T, 100, seed=20260101123456789, probe_tokens=T)
+    bad = probes(1)[0].clone()
+    bad[1, 5, 2] = torch.nan
+    m.observe(bad, torch.zeros(2, E), ALONE)
+    assert m.metrics() == {} and int(m.state["probes"]) == 0 and bool(m.state["scores_LRE"].eq(0).all())
+    m.observe(probes(1)[0], torch.zeros(2, E), ALONE)
+    assert m.metrics()["regret/probes"] == 1
 
 
 def test_many_probes_keep_the_list_of_biases_short_and_its_ends():
@@ -184,7 +198,7 @@ def _scores_of_a_step(rank, n, mode):
     engine = NativeEngine(config, ranks := build_ranks(rank, n, CPU, 1), 0)
     share = batches(rank, n, 8 // n, 0, padded=True)
     mask_T = (share[0].targets_BS >= 0).flatten()
-    probe = probe_scores(engine.model, share[0].tokens_BS, mask_T, ranks)
+    probe = probe_scores(engine.model, [(share[0].tokens_BS, mask_T)], ranks)
     assert engine.model.training
     with tapped(engine.model.routers) as found:
         engine.forward_backward(batches(rank, n, 4, 0, padded=True))
@@ -208,16 +222,16 @@ def test_recorded_scores_are_a_stream_of_the_laboratory(tmp_path):
     recorder, seen = ScoreRecorder(engine.model.routers, 2, 2, 3, tmp_path / "scores"), []
     for step in range(1, 6):
         micro = batches(0, 1, 4, step, padded=False)
-        expected = probe_scores(engine.model, torch.cat([b.tokens_BS for b in micro]), None, ALONE)
+        expected = probe_scores(engine.model, [(b.tokens_BS, None) for b in micro], ALONE)
         with recorder.step(step, ALONE):
             engine.forward_backward(micro)
         engine.step()
         seen.append(expected[1])
-    with np.load(tmp_path / "scores" / "layer_02.npz") as file:
+    with np.load(tmp_path / "scores" / "layer_02_steps_2-4.npz") as file:
         assert file["steps"].tolist() == [2, 3, 4] and int(file["top_k"]) == 2
         np.testing.assert_allclose(file["scores"], torch.stack(seen[1:4]).numpy(), rtol=1e-5)
 
-    path = tmp_path / "scores" / "layer_02.npz"
+    path = tmp_path / "scores" / "layer_02_steps_2-4.npz"
     found, top_k = open_stream(f"recorded={path}", 0, 0, 0, "", steps=2, seed=0)
     for scores, want in zip(found, seen[1:3], strict=True):
         torch.testing.assert_close(scores, want)
@@ -230,5 +244,5 @@ def test_a_run_that_ends_early_writes_what_it_recorded(tmp_path):
     with recorder.step(1, ALONE):
         engine.forward_backward(batches(0, 1, 8, 0, padded=False))
     recorder.write(ALONE)
-    with np.load(tmp_path / "scores" / "layer_01.npz") as file:
+    with np.load(tmp_path / "scores" / "layer_01_steps_1-1.npz") as file:
         assert file["scores"].shape == (1, 128, 8)

@@ -111,7 +111,10 @@ def test_measuring_and_recording_change_nothing_in_the_training(tmp_path):
         weights.append({k: v for k, v in tensors(run.state()).items() if not k.startswith("/regret")})
     assert weights[0].keys() == weights[1].keys()
     assert all(np.array_equal(value, weights[1][key]) for key, value in weights[0].items())
-    assert {p.name for p in (tmp_path / "on" / "scores").iterdir()} == {"layer_01.npz", "layer_02.npz"}
+    assert {p.name for p in (tmp_path / "on" / "scores").iterdir()} == {
+        "layer_01_steps_1-6.npz",
+        "layer_02_steps_1-6.npz",
+    }
 
 
 def test_regret_settings_may_change_on_resume(tmp_path, capsys):
@@ -121,6 +124,8 @@ def test_regret_settings_may_change_on_resume(tmp_path, capsys):
         run = Run(config(data, **settings), ALONE, tmp_path / "run", True)
         assert run.progress.step == 6
         assert "regret starts anew" in capsys.readouterr().out
+    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "regret/probes" in row]
+    assert [row["train/step"] for row in rows] == [1, 3, 5]
     run = Run(config(data, observe__regret_every=3), ALONE, tmp_path / "run", True)
     assert run.regret is not None and int(run.regret.state["probes"]) == 3
 
