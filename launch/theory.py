@@ -64,8 +64,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(options: argparse.Namespace) -> tuple[list[str], dict[str, BalanceSection]]:
-    """Streams and sections by name. Raises ConfigError."""
-    from moe.balance.streams import KINDS, recorded_path
+    """Streams and sections by name. Raises ConfigError, and ValueError for a recording that does not fit."""
+    from moe.balance.streams import KINDS, open_stream, recorded_path
 
     for name, least in (("tokens", 1), ("experts", 2), ("top_k", 1), ("steps", 2), ("seeds", 1)):
         if (value := getattr(options, name)) < least:
@@ -83,6 +83,10 @@ def check(options: argparse.Namespace) -> tuple[list[str], dict[str, BalanceSect
             raise ConfigError(
                 f"--streams {kind}: there is no such file; a training run with observe.record_scores writes it"
             )
+        if recorded_path(kind):
+            open_stream(
+                kind, 0, 0, 0, "", options.steps, options.seeds - 1
+            )  # refuses what cannot be read or is too short
     if (out := Path(options.out)).exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is no folder: name one for results.json, table.md and the plots")
     return streams, {text: parse_method(text) for text in options.methods.split(",")}
