@@ -143,7 +143,11 @@ def check_rule(b: BalanceSection) -> None:
         f"set a number, or a method of {', '.join(auto)}",
     )
     _require(
-        not (b.method in ("quantile", "bip", "coordinate") and isinstance(b.rate, float) and b.rate > 2),
+        b.method != "bip" or not isinstance(b.rate, float) or b.rate <= 1,
+        f"balance.rate = {b.rate} is more than 1 for balance.method = 'bip', whose bias must stay at most 0: set 0.1 to 1",
+    )
+    _require(
+        not (b.method in ("quantile", "coordinate") and isinstance(b.rate, float) and b.rate > 2),
         f"balance.rate = {b.rate} is more than 2 for balance.method = {b.method!r}, which then diverges: set 0.1 to 1",
     )
     _require(
@@ -160,10 +164,6 @@ def _check_balance(config: Config) -> None:
         b.aux_selection == "biased" or b.aux_scope == "sequence",
         f"balance.aux_selection = {b.aux_selection!r} is for the sequence scope, and balance.aux_scope = {b.aux_scope!r}: "
         "set balance.aux_scope to sequence, or leave balance.aux_selection at biased",
-    )
-    _require(
-        b.method != "bip" or not isinstance(b.rate, float) or b.rate <= 1,
-        f"balance.rate = {b.rate} is more than 1 for balance.method = 'bip', whose bias must stay at most 0: set 0.1 to 1",
     )
     groups = b.group_loss_groups or config.parallel.ep
     _require(

@@ -38,7 +38,10 @@ def startup_block(config: Config, about: dict[str, Any]) -> str:
         "ranks": f"{about['world_size']} x {about['device']}, dp = {about['world_size']}, ep = {config.parallel.ep}",
         "data": f"{config.data.path} ({about['data_hash']}); {short(tokens)} tokens, "
         f"{tokens / about['parameters_active']:.1f} per active parameter",
-        "balancing": b.method + (f", rate {b.rate}" if b.rate else "") + f"; sampling floor {about['floor']:.3f}",
+        "balancing": b.method
+        + (f", rate {b.rate}" if b.rate else "")
+        + f"; sampling floor {about['floor']:.3f}"
+        + (f"; {about['balancing_note']}" if about.get("balancing_note") else ""),
         "run": f"{about['run_dir']} (metrics.jsonl, loads.npz, checkpoints/, wandb/)",
     }
     if about["deterministic_flags"]:

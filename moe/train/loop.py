@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moe.balance import Balancer, build_balancer
+from moe.balance.assignment import METHODS
 from moe.balance.dual import sampling_floor
 from moe.config import Config, to_toml
 from moe.model.loss import IGNORED
@@ -235,6 +236,7 @@ class Run:
             "floor": sampling_floor(
                 self.config.tokens_per_step, self.config.model.num_experts, self.config.model.top_k
             ),
+            "balancing_note": METHODS[method].label if (method := self.config.balance.method) in METHODS else None,
             "world_size": self.ranks.world_size,
             "device": device_name(self.ranks.device),
             "data_hash": self.data.fingerprint,

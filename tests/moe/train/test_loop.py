@@ -22,15 +22,6 @@ from tests.ranks import run_ranks
 from tests.tiny import ALONE, CPU, tiny_config
 
 
-@pytest.fixture(autouse=True)
-def _keep_signal_handlers():
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = [signal.getsignal(n) for n in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
-
-
 @pytest.fixture
 def data(tmp_path):
     return str(make_token_folder(tmp_path / "data"))

@@ -42,15 +42,6 @@ SMALL = """
 SMALL_WORDS = SMALL.split()
 
 
-@pytest.fixture(autouse=True)
-def _keep_signal_handlers():
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = [signal.getsignal(n) for n in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
-
-
 def config(data, world_size=1, **settings):
     base = {
         "data__path": str(data),
@@ -128,6 +119,16 @@ def test_regret_settings_may_change_on_resume(tmp_path, capsys):
     assert [row["train/step"] for row in rows] == [1, 3, 5]
     run = Run(config(data, observe__regret_every=3), ALONE, tmp_path / "run", True)
     assert run.regret is not None and int(run.regret.state["probes"]) == 3
+
+
+def test_a_method_that_sees_later_tokens_says_so_at_the_start(tmp_path, capsys):
+    data = make_token_folder(tmp_path / "data")
+    settings = {"balance__rate": None, "train__micro_batch_size": 8}
+    for method, says in (("sinkhorn", True), ("coordinate", False)):
+        (tmp_path / method).mkdir()
+        Run(config(data, balance__method=method, **settings), ALONE, tmp_path / method, False)
+        line = next(row for row in capsys.readouterr().out.splitlines() if row.startswith("balancing"))
+        assert ("uses future tokens of the batch" in line) == says and method in line
 
 
 def test_a_checkpoint_without_a_setting_of_its_identity_is_one_sentence(tmp_path, monkeypatch):
