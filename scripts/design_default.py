@@ -111,8 +111,15 @@ RIVALS = {
 class Curved(Coordinate):
     """No linear part: the move is q."""
 
-    def move(self, stats: RouterStats, error_LE: Tensor) -> tuple[Tensor, State]:
+    def move(self, stats: RouterStats, error_LE: Tensor, rate_L1: Tensor) -> tuple[Tensor, State]:
         return torch.where(self.informative(stats), self.minimiser(stats), 0.0), {}
+
+
+class Linear(Coordinate):
+    """The linear part whatever the gain."""
+
+    def move(self, stats: RouterStats, error_LE: Tensor, rate_L1: Tensor) -> tuple[Tensor, State]:
+        return super().move(stats, error_LE, torch.zeros_like(rate_L1))
 
 
 class OtherGain(Coordinate):
@@ -132,10 +139,10 @@ class NoReset(OtherGain):
     gain = type("NoJump", (Gain,), {"JUMP": math.inf})
 
 
-class LowCap(OtherGain):
-    """Gain and reset of at most 0.8."""
+class EagerReset(OtherGain):
+    """A reset on any error far above its mean whose direction is not against the last one's."""
 
-    gain = type("Gain08", (Gain,), {"HIGH": 0.8})
+    gain = type("GainEager", (Gain,), {"ALIKE": 0.0})
 
 
 class HalfStart(Coordinate):
@@ -151,8 +158,9 @@ ABLATIONS: dict[str, tuple[type[Balancer], str, float | str]] = {  # class, meth
     "gain 0.2": (Coordinate, "coordinate", 0.2),
     "gain 0.5": (Coordinate, "coordinate", 0.5),
     "no linear part": (Curved, "coordinate", "auto"),
+    "always linear": (Linear, "coordinate", "auto"),
     "no reset": (NoReset, "coordinate", "auto"),
-    "cap 0.8": (LowCap, "coordinate", "auto"),
+    "eager reset": (EagerReset, "coordinate", "auto"),
     "start 0.5": (HalfStart, "coordinate", "auto"),
 }
 RIVAL_NAMES = [f"{method} {rate:g}" for method, rates in RIVALS.items() for rate in rates]

@@ -63,13 +63,15 @@ def test_ablations_differ_from_the_rule_only_in_their_one_part():
         gain = Gain
 
     section = BalanceSection(method="coordinate", rate="auto")
-    batches = list(stream("jump", 512, 16, "sigmoid", 60, 1))
+    batches = [*stream("jump", 512, 16, "sigmoid", 60, 1), *stream("topics", 512, 16, "sigmoid", 40, 1)]
     rules = {DEFAULT: Coordinate(section, [0], 16, 2), "same": Same(section, [0], 16, 2)}
-    rules |= {name: kind(section, [0], 16, 2) for name, kind in (("reset", design.NoReset), ("cap", design.LowCap))}
+    rules |= {
+        name: kind(section, [0], 16, 2) for name, kind in (("reset", design.NoReset), ("eager", design.EagerReset))
+    }
     found = design.simulate(batches, rules, 2)
     assert found["same"] == found[DEFAULT]
     assert found["reset"][:30] == found[DEFAULT][:30] and found["reset"] != found[DEFAULT]
-    assert float(rules["cap"].state["gain"]) <= 0.8 and found["cap"] != found[DEFAULT]
+    assert found["eager"][:30] == found[DEFAULT][:30] and found["eager"][60:] != found[DEFAULT][60:]
 
 
 def test_a_second_run_does_nothing_and_a_missing_recording_is_one_line(tmp_path: Path, monkeypatch, capsys, one_thread):

@@ -135,8 +135,9 @@ class BiasRule(Balancer):
     def initial_state(self, num_layers: int, num_experts: int) -> State:
         return Gain.initial_state(num_layers, num_experts) if self.section.rate == "auto" else {}
 
-    def move(self, stats: RouterStats, error_LE: Tensor) -> tuple[Tensor, State]:
-        """x [L, E], score units, and the rule's further state. error_LE: e = (L - A) / L, float64, clipped."""
+    def move(self, stats: RouterStats, error_LE: Tensor, rate_L1: Tensor) -> tuple[Tensor, State]:
+        """x [L, E], score units, and the rule's further state. error_LE: e = (L - A) / L, float64, clipped. rate_L1: what
+        x will be multiplied by, float64."""
         raise NotImplementedError
 
     def next_state(self, stats: RouterStats, n: int) -> State:
@@ -144,12 +145,12 @@ class BiasRule(Balancer):
         error_LE = load_error(stats.tokens_per_expert)
         if s.clip is not None:
             error_LE = error_LE.clamp(-s.clip, s.clip)
-        move_LE, state = self.move(stats, error_LE)
         if s.rate == "auto":
-            rate, gain_state = Gain.step(self.state, stats)
-            state |= gain_state
+            rate_L1, gain_state = Gain.step(self.state, stats)
         else:
             assert isinstance(s.rate, float), "resolve() gives every bias rule a rate"
-            rate = s.rate
-        bias_LE = self.bias_LE.double() + rate * schedule(s, n) * move_LE.double()
-        return state | {"bias": centred(bias_LE) if s.centre and self.centres else bias_LE.float()}
+            rate_L1, gain_state = error_LE.new_full((len(error_LE), 1), s.rate), {}
+        rate_L1 = rate_L1 * schedule(s, n)
+        move_LE, state = self.move(stats, error_LE, rate_L1)
+        bias_LE = self.bias_LE.double() + rate_L1 * move_LE.double()
+        return gain_state | state | {"bias": centred(bias_LE) if s.centre and self.centres else bias_LE.float()}

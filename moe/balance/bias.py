@@ -67,13 +67,15 @@ class Gain:
     of the Kalman filter, positive below it and negative above it (the innovation test of adaptive filtering; derivation
     and literature in docs/theory.md). So ln rate += SPEED * corr(z_n, z_{n-1}) with z = (L - A) / sqrt(L), whose sampling
     variance does not depend on the batch's size. It begins at HIGH, where a filter that knows nothing yet begins, and a jump
-    of the optimum (an error far above its mean, same sign as the last) sets it back there.
+    of the optimum sets it back there: an error far above its mean and above what sampling makes (|z|^2 = E - K for
+    independent tokens), in the direction of the last one. A burst, which the next batch does not repeat, sets nothing back.
 
-    State, per layer: "gain" [L, 1], "last_error" [L, E], "error_power" [L, 1] (EMA of |z|^2), "age" [L, 1] int64.
+    State, per layer: "gain" [L, 1], "last_error" [L, E], "error_power" [L, 1] (EMA of |z|^2, outliers cut to JUMP times
+    the mean, so that the first batch after a jump does not hide the second), "age" [L, 1] int64.
     """
 
     LOW, HIGH, SPEED = 0.03, 1.0, 0.3
-    JUMP, MEMORY = 4.0, 0.9
+    JUMP, ALIKE, MEMORY = 4.0, 0.5, 0.9
 
     @classmethod
     def initial_state(cls, num_layers: int, num_experts: int) -> dict[str, Tensor]:
@@ -95,13 +97,15 @@ class Gain:
         norms_L1 = (power_L1 * last_LE.square().sum(-1, keepdim=True)).sqrt()
         corr_L1 = torch.where(norms_L1 > 0, (z_LE * last_LE).sum(-1, keepdim=True) / norms_L1.clamp_min(1e-300), 0.0)
         gain_L1 = (state["gain"].double() * (cls.SPEED * corr_L1).exp()).clamp(cls.LOW, cls.HIGH)
-        mean_L1 = debiased(state["error_power"], age_L1, cls.MEMORY)
-        jumped_L1 = (age_L1 > 0) & (power_L1 > cls.JUMP * mean_L1) & (corr_L1 > 0)
-        gain_L1 = torch.where(jumped_L1, cls.HIGH, gain_L1)
+        noise_L1 = stats.tokens_per_expert.shape[-1] - stats.tokens_per_expert.sum(-1) / stats.tokens.clamp_min(1)
+        usual_L1 = torch.maximum(debiased(state["error_power"], age_L1, cls.MEMORY), noise_L1.double()[:, None])
+        far_L1 = (age_L1 > 0) & (power_L1 > cls.JUMP * usual_L1)
+        gain_L1 = torch.where(far_L1 & (corr_L1 > cls.ALIKE), cls.HIGH, gain_L1)
+        kept_L1 = torch.where(far_L1, cls.JUMP * usual_L1, power_L1)
         return gain_L1, {
             "gain": gain_L1,
             "last_error": z_LE,
-            "error_power": cls.MEMORY * state["error_power"] + (1 - cls.MEMORY) * power_L1,
+            "error_power": cls.MEMORY * state["error_power"] + (1 - cls.MEMORY) * kept_L1,
             "age": age_L1 + 1,
         }
 

@@ -101,7 +101,7 @@ class Quantile(BiasRule):
         # The bins' range that the routers used: of the bias that routed this batch.
         return quantile_bias_binned(stats.quantile_histogram, bias.amin(-1) - 1, bias.amax(-1) + 1, self.top_k)
 
-    def move(self, stats: RouterStats, error_LE: Tensor) -> tuple[Tensor, State]:
+    def move(self, stats: RouterStats, error_LE: Tensor, rate_L1: Tensor) -> tuple[Tensor, State]:
         move_LE = self.minimiser(stats).double() - self.bias_LE.double()
         return move_LE - move_LE.mean(-1, keepdim=True), {}
 
@@ -115,7 +115,7 @@ class Bip(Quantile):
     needs = frozenset({"bip_histogram"})
     centres = False  # the clip at 0 gives the bias an absolute level
 
-    def move(self, stats: RouterStats, error_LE: Tensor) -> tuple[Tensor, State]:
+    def move(self, stats: RouterStats, error_LE: Tensor, rate_L1: Tensor) -> tuple[Tensor, State]:
         assert stats.bip_histogram is not None
         bias = self.bias_LE
         solved_LE = quantile_bias_binned(stats.bip_histogram, bias.amin(-1) - 1, bias.amax(-1) + 1, self.top_k)
@@ -123,15 +123,18 @@ class Bip(Quantile):
 
 
 class Coordinate(BiasRule):
-    """b += eta x: the exact coordinate step q, made linear in the load error near balance (docs/theory.md).
+    """b += eta x: the exact coordinate step q, made linear in the load error as far as eta is small (docs/theory.md).
 
-    x_k = the smaller in magnitude of q_k and e_k EMA|q| / EMA|e|: q is a curved function of the error, and on bursty
-    streams its mean is not 0 when the error's is. Nothing moves when nearly all chosen pairs are ties (a zero router).
+        x_k = q_k c_k^(1 - eta),    c_k = (e_k EMA|q| / EMA|e|) / q_k, at most REACH
+
+    eta = 1, alone on unknown ground, takes q itself. A small eta averages over many batches, and the mean of q, a curved
+    function of the error, is not 0 when the mean error is; that of the error is. Nothing moves when nearly all chosen pairs
+    are ties (a zero router).
     State, per layer: "move_size", "error_size" [L, 1] (EMAs of the mean |q|, |e|: of equal age, so only their ratio counts).
     """
 
     needs = frozenset({"response_histogram"})
-    MEMORY, INFORMATIVE = 0.9, 0.05
+    MEMORY, INFORMATIVE, REACH = 0.9, 0.05, 4.0
 
     def initial_state(self, num_layers: int, num_experts: int) -> State:
         return super().initial_state(num_layers, num_experts) | {
@@ -151,7 +154,7 @@ class Coordinate(BiasRule):
         pairs_L = stats.tokens_per_expert.sum(-1)
         return (pairs_L - tied_L > self.INFORMATIVE * pairs_L)[:, None]
 
-    def move(self, stats: RouterStats, error_LE: Tensor) -> tuple[Tensor, State]:
+    def move(self, stats: RouterStats, error_LE: Tensor, rate_L1: Tensor) -> tuple[Tensor, State]:
         q_LE, s = self.minimiser(stats).double(), self.state
         told_L1 = self.informative(stats)
         keep = self.MEMORY
@@ -161,5 +164,6 @@ class Coordinate(BiasRule):
         }
         slope_L1 = size["move_size"] / size["error_size"].clamp_min(1e-300)
         linear_LE = error_LE * slope_L1
-        move_LE = torch.where(linear_LE.abs() < q_LE.abs(), linear_LE, q_LE)
+        ratio_LE = (linear_LE.abs() / q_LE.abs().clamp_min(1e-300)).clamp_max(self.REACH)
+        move_LE = q_LE * ratio_LE ** (1 - rate_L1).clamp(0, 1)
         return torch.where(told_L1, move_LE, 0.0), {k: torch.where(told_L1, v, s[k]) for k, v in size.items()}

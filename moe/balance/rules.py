@@ -13,21 +13,21 @@ from moe.balance.stats import RouterStats
 class Sign(BiasRule):
     """b += u sign(L - A): DeepSeek's rule, arXiv:2408.15664, algorithm 1."""
 
-    def move(self, stats: RouterStats, error_LE: Tensor) -> tuple[Tensor, State]:
+    def move(self, stats: RouterStats, error_LE: Tensor, rate_L1: Tensor) -> tuple[Tensor, State]:
         return sign_direction(stats.tokens_per_expert), {}
 
 
 class Proportional(BiasRule):
     """b += u e: the sub-gradient step on the dual, arXiv:2512.03915, normalised by the target load."""
 
-    def move(self, stats: RouterStats, error_LE: Tensor) -> tuple[Tensor, State]:
+    def move(self, stats: RouterStats, error_LE: Tensor, rate_L1: Tensor) -> tuple[Tensor, State]:
         return error_LE, {}
 
 
 class Rms(BiasRule):
     """b += u e / RMS(e): Su Jianlin's MoE series; unmoved at exact balance."""
 
-    def move(self, stats: RouterStats, error_LE: Tensor) -> tuple[Tensor, State]:
+    def move(self, stats: RouterStats, error_LE: Tensor, rate_L1: Tensor) -> tuple[Tensor, State]:
         return rms_direction(error_LE), {}
 
 
@@ -40,7 +40,7 @@ class Smebu(BiasRule):
     def initial_state(self, num_layers: int, num_experts: int) -> State:
         return super().initial_state(num_layers, num_experts) | {"momentum": torch.zeros(num_layers, num_experts)}
 
-    def move(self, stats: RouterStats, error_LE: Tensor) -> tuple[Tensor, State]:
+    def move(self, stats: RouterStats, error_LE: Tensor, rate_L1: Tensor) -> tuple[Tensor, State]:
         push_LE = torch.tanh(self.section.kappa * error_LE)
         push_LE = push_LE - push_LE.mean(-1, keepdim=True)
         beta = self.section.momentum

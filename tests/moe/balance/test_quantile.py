@@ -123,11 +123,12 @@ def test_quantile_histogram_equals_the_exact_form_within_one_bin(score):
     assert (binned - quantile_bias(scores, bias, 2).double()).abs().max() <= width * 1.001
 
 
-def test_coordinate_moves_by_the_smaller_of_the_minimiser_and_the_linear_step():
-    b = build_balancer(BalanceSection(method="coordinate", rate=0.7, centre=False), [0], 8, 2)
+@pytest.mark.parametrize("rate", [0.2, 0.7, 1.0])
+def test_coordinate_moves_between_the_minimiser_and_the_linear_step(rate):
+    b = build_balancer(BalanceSection(method="coordinate", rate=rate, centre=False), [0], 8, 2)
     sizes = [0.0, 0.0]
     expected = torch.zeros(8, dtype=torch.float64)
-    linear = curved = 0
+    shorter = longer = 0
     for seed in range(6):
         scores, _ = draw(300, 8, seed)
         stats = routed(scores, b.bias_LE[0], 2, b.needs)
@@ -135,12 +136,28 @@ def test_coordinate_moves_by_the_smaller_of_the_minimiser_and_the_linear_step():
         e = 1 - stats.tokens_per_expert.double() / 75
         sizes = [0.9 * sizes[0] + 0.1 * q.abs().mean().item(), 0.9 * sizes[1] + 0.1 * e.abs().mean().item()]
         for k in range(8):
-            line = e[k] * sizes[0] / sizes[1]
-            linear, curved = linear + bool(line.abs() < q[k].abs()), curved + bool(line.abs() >= q[k].abs())
-            expected[k] += 0.7 * (line if line.abs() < q[k].abs() else q[k])
+            if q[k] == 0:
+                continue
+            ratio = min(4.0, float(e[k] / q[k]) * sizes[0] / sizes[1])
+            shorter, longer = shorter + (ratio < 0.9), longer + (ratio > 1.1)
+            # rate 1: q; rate near 0: the linear step, at most four times q
+            expected[k] += rate * float(q[k]) * ratio ** (1 - rate)
         b.step(type(stats)(*(None if field is None else field[None] for field in stats)))
         torch.testing.assert_close(b.bias_LE[0].double(), expected, atol=1e-5, rtol=1e-4)
-    assert linear > 5 and curved > 5
+    assert shorter > 5 and longer > 5
+
+
+def test_the_linear_part_reaches_at_most_four_minimisers():
+    b = build_balancer(BalanceSection(method="coordinate", rate=0.001, centre=False), [0], 8, 2)
+    # Steep near balance, flat far away: the load error of the crowded expert is large and its minimiser small.
+    scores = torch.rand(300, 8, generator=torch.Generator().manual_seed(3)) * 0.01
+    scores[:, 0] += 0.005
+    stats = routed(scores, b.bias_LE[0], 2, b.needs)
+    q = coordinate_minimiser_binned(stats.response_histogram[None], torch.tensor([[75.0]]).double())[0]
+    b.state["move_size"] = torch.full((1, 1), 10.0)
+    b.state["error_size"] = torch.full((1, 1), 0.1)
+    b.step(type(stats)(*(None if field is None else field[None] for field in stats)))
+    torch.testing.assert_close(b.bias_LE[0].double(), 0.001 * 4**0.999 * q, atol=1e-9, rtol=1e-4)
 
 
 # -- as rules ----------------------------------------------------------------------------------------------------------

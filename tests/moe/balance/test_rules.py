@@ -154,10 +154,22 @@ def test_gain_rises_while_errors_agree_and_falls_while_they_alternate():
     assert gains([5, -5] * 40)[-1] == pytest.approx(Gain.LOW)
 
 
-def test_gain_is_reset_by_a_jump_and_not_by_a_larger_batch():
-    calm = [5, -5] * 10
-    assert gains([*calm, -5, -30])[-1] == Gain.HIGH
-    assert gains([*calm, -5, 30])[-1] < 0.1  # as far, but to the other side: noise, not a jump
+CALM = [5, -5] * 10
+
+
+def test_gain_is_reset_by_a_jump_whose_second_batch_agrees():
+    # The first batch after a jump may point anywhere; the second, 20 % nearer, points where the first did. The first must
+    # not raise the mean so far that the second is no longer far above it.
+    after = gains([*CALM, 60, 48])
+    assert after[-2] < 0.1 and after[-1] == Gain.HIGH
+
+
+def test_gain_is_not_reset_by_bursts_noise_or_small_errors():
+    assert gains([*CALM, 60, -5, 60, -5])[-1] < 0.1  # bursts that do not last
+    assert gains([*CALM, 60, -48])[-1] < 0.1  # as far, but to the other side: noise
+    # Two alike, far above the mean but within what sampling gives: |z|^2 = 2 * 150^2 / 10,000 = 4.5, E - K = 2 expected.
+    assert gains([*[1, -1] * 10, 150, 150], load=10_000)[-1] < 0.1
+    assert gains([*[0, 0] * 10, 60, 60])[-1] == Gain.HIGH  # exact balance before it: still seen
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 100), (100, 1)])
