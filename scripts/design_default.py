@@ -182,13 +182,14 @@ def contestants(cell: Cell) -> dict[str, Balancer]:
 # -- running -----------------------------------------------------------------------------------------------------------
 
 
-def chosen_experts(biased_TE: Tensor, top_k: int) -> Tensor:
-    """The set of topk_lowest_index [T, K], in any order: its slow search only for rows with a tie at the boundary."""
-    values, ids = biased_TE.topk(top_k + 1, dim=-1)
-    ids_TK, tied_T = ids[:, :top_k], values[:, top_k - 1] == values[:, top_k]
+def chosen_experts(biased_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The set of topk_lowest_index [T, K], in any order: its slow search only for rows with a tie at the boundary; and the
+    K + 1 largest values."""
+    places_TK1, ids = biased_TE.topk(top_k + 1, dim=-1)
+    ids_TK, tied_T = ids[:, :top_k], places_TK1[:, top_k - 1] == places_TK1[:, top_k]
     if tied_T.any():
         ids_TK[tied_T] = topk_lowest_index(biased_TE[tied_T], top_k)
-    return ids_TK
+    return ids_TK, places_TK1
 
 
 def simulate(batches: Iterable[Tensor], rules: Mapping[str, Balancer], top_k: int) -> dict[str, list[float]]:
@@ -201,9 +202,9 @@ def simulate(batches: Iterable[Tensor], rules: Mapping[str, Balancer], top_k: in
         for name, rule in rules.items():
             bias_E, total = rule.bias_LE[0], None
             for block_TE in blocks:
-                ids_TK = chosen_experts(block_TE + bias_E, top_k)
+                ids_TK, places_TK1 = chosen_experts(block_TE + bias_E, top_k)
                 counts_E = torch.bincount(ids_TK.reshape(-1), minlength=experts)
-                stats = collect(rule.needs, block_TE, bias_E, ids_TK, counts_E)
+                stats = collect(rule.needs, block_TE, bias_E, ids_TK, counts_E, places_TK1=places_TK1)
                 total = stats if total is None else add(total, stats)
             assert total is not None
             maxvio[name].append((float(total.tokens_per_expert.max()) - target) * experts / (top_k * tokens))

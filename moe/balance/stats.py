@@ -18,6 +18,7 @@ FIXED_POINT = 2.0**32  # dual_sum and prob_sum count in units of 2**-32
 LOW_BIN, OCTAVES = -20, 21  # |r| from 1e-6 to 2, two bins an octave
 RESPONSE_BINS = 2 * (2 * OCTAVES + 1)
 QUANTILE_BINS = 1000
+NEED_PLACES = frozenset({"response_histogram", "quantile_histogram", "bip_histogram"})
 
 
 class RouterStats(NamedTuple):
@@ -48,11 +49,13 @@ def collect(
     token_mask_T: Tensor | None = None,
     num_groups: int = 1,
     group_top_k: int = 1,
+    places_TK1: Tensor | None = None,
 ) -> RouterStats:
     """The statistics of one layer's micro-batch. scores_TE, bias_E: float32. topk_ids_TK: -1 for padding.
 
-    needs: names of the optional fields to fill. In group-limited routing an expert out of a token's reach counts as
-    infinitely far from it: the response is that of the experts' biases while the groups stay.
+    needs: names of the optional fields to fill. places_TK1: the K + 1 largest of scores + bias (of the groups in reach), if
+    they are known already; the fields in NEED_PLACES read them. In group-limited routing an expert out of a token's reach
+    counts as infinitely far from it: the response is that of the experts' biases while the groups stay.
     """
     top_k = topk_ids_TK.shape[-1]
     tokens = counts_E.new_full((), len(topk_ids_TK)) if token_mask_T is None else token_mask_T.sum()
@@ -66,12 +69,16 @@ def collect(
         fields["dual_sum"] = _fixed_point(biased_TE.gather(-1, ids_TK).sum(-1), token_mask_T).sum()
     if "prob_sum" in needs:
         fields["prob_sum"] = _fixed_point(token_shares(scores_TE, token_mask_T), token_mask_T).sum(0)
-    if "response_histogram" in needs:
-        fields["response_histogram"] = response_histogram(biased_TE, ids_TK, token_mask_T)
-    if "quantile_histogram" in needs:
-        fields["quantile_histogram"] = quantile_histogram(biased_TE, bias_E, top_k, token_mask_T)
-    if "bip_histogram" in needs:
-        fields["bip_histogram"] = quantile_histogram(biased_TE, bias_E, top_k, token_mask_T, lowest=0.0)
+    if needs & NEED_PLACES:
+        if places_TK1 is None:
+            places_TK1 = biased_TE.topk(top_k + 1, dim=-1).values
+        alpha_T1 = places_TK1[:, top_k:]
+        if "response_histogram" in needs:
+            fields["response_histogram"] = response_histogram(biased_TE, ids_TK, places_TK1, token_mask_T)
+        if "quantile_histogram" in needs:
+            fields["quantile_histogram"] = quantile_histogram(biased_TE, bias_E, alpha_T1, token_mask_T)
+        if "bip_histogram" in needs:
+            fields["bip_histogram"] = quantile_histogram(biased_TE, bias_E, alpha_T1.clamp_min(0.0), token_mask_T)
     return stats._replace(**fields)
 
 
@@ -82,41 +89,43 @@ def _fixed_point(values: Tensor, mask_T: Tensor | None) -> Tensor:
     return torch.where(mask_T.view(-1, *[1] * (fixed.dim() - 1)), fixed, 0)
 
 
-def response_histogram(biased_TE: Tensor, topk_ids_TK: Tensor, token_mask_T: Tensor | None) -> Tensor:
-    """Histogram [E, B] int64 of the load response. The bin is read off the exponent and the first bit of the mantissa; the
-    side is the choice itself, so that a tie at the boundary counts where it was routed."""
+def response_histogram(
+    biased_TE: Tensor, topk_ids_TK: Tensor, places_TK1: Tensor, token_mask_T: Tensor | None
+) -> Tensor:
+    """Histogram [E, B] int64 of the load response. places_TK1: the K + 1 largest of biased_TE. The bin is read off the
+    exponent and the first bit of the mantissa; the side is the choice itself, so that a tie at the boundary counts where it
+    was routed."""
     top_k, half = topk_ids_TK.shape[-1], RESPONSE_BINS // 2
-    places = biased_TE.topk(top_k + 1, dim=-1).values
-    size_TE = (places[:, top_k - 1 : top_k] - biased_TE).abs_()
-    size_TE.scatter_(-1, topk_ids_TK, (biased_TE.gather(-1, topk_ids_TK) - places[:, top_k:]).abs_())
-    bin_TE = (size_TE.view(torch.int32) >> 22).sub_(((LOW_BIN + 127) << 1) - 1).clamp_(0, half - 1).long()
+    size_TE = (places_TK1[:, top_k - 1 : top_k] - biased_TE).abs_()
+    size_TE.scatter_(-1, topk_ids_TK, (biased_TE.gather(-1, topk_ids_TK) - places_TK1[:, top_k:]).abs_())
+    bin_TE = (size_TE.view(torch.int32) >> 22).sub_(((LOW_BIN + 127) << 1) - 1).clamp_(0, half - 1)
     chosen_TK = half + bin_TE.gather(-1, topk_ids_TK)
     bin_TE.neg_().add_(half - 1).scatter_(-1, topk_ids_TK, chosen_TK)
     return _count(bin_TE, RESPONSE_BINS, token_mask_T)
 
 
-def quantile_histogram(
-    biased_TE: Tensor, bias_E: Tensor, top_k: int, token_mask_T: Tensor | None, lowest: float = float("-inf")
-) -> Tensor:
+def quantile_histogram(biased_TE: Tensor, bias_E: Tensor, alpha_T1: Tensor, token_mask_T: Tensor | None) -> Tensor:
     """Histogram [E, B] int64 of alpha_i - s_ik, alpha_i the (K + 1)-th largest of s_i + b, on [min b - 1, max b + 1].
 
-    lowest: least value of alpha_i. Experts out of reach (biased_TE = -inf) are in the last bin.
+    Experts out of reach (biased_TE = -inf) are in the last bin.
     """
     low, high = bias_E.min() - 1, bias_E.max() + 1
-    alpha_T1 = biased_TE.topk(top_k + 1, dim=-1).values[:, top_k:].clamp_min(lowest)
     place_TE = (alpha_T1 - (biased_TE - bias_E) - low) * (QUANTILE_BINS / (high - low))
     place_TE = place_TE.nan_to_num_(0.0).clamp_(0, QUANTILE_BINS - 1)  # NaN scores: the step is skipped, not crashed
-    return _count(place_TE.long(), QUANTILE_BINS, token_mask_T)
+    return _count(place_TE.int(), QUANTILE_BINS, token_mask_T)
 
 
 def _count(bin_TE: Tensor, bins: int, mask_T: Tensor | None) -> Tensor:
     experts = bin_TE.shape[-1]
-    flat = bin_TE + bins * torch.arange(experts, device=bin_TE.device)
+    flat = bin_TE.add_(bins * torch.arange(experts, dtype=torch.int32, device=bin_TE.device))
     if mask_T is not None:
-        flat = torch.where(mask_T[:, None], flat, experts * bins)
-    counts = torch.zeros(experts * bins + 1, dtype=torch.int64, device=bin_TE.device)
-    counts.scatter_add_(0, flat.reshape(-1), counts.new_ones(1).expand(flat.numel()))
-    return counts[:-1].view(experts, bins)
+        flat.masked_fill_(~mask_T[:, None], experts * bins)
+    if flat.device.type == "cpu":
+        counts = torch.bincount(flat.reshape(-1), minlength=experts * bins + 1)
+    else:  # where bincount waits for the device
+        counts = torch.zeros(experts * bins + 1, dtype=torch.int64, device=flat.device)
+        counts.scatter_add_(0, flat.reshape(-1).long(), counts.new_ones(1).expand(flat.numel()))
+    return counts[: experts * bins].view(experts, bins)
 
 
 def _fields(stats: RouterStats) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from kernels.router_topk import TopK, combine_weights, router_scores, router_top
 from moe.balance import BALANCERS
 from moe.balance.assignment import ROUTES, RouterBatch, assign
 from moe.balance.losses import RouterLosses, router_losses
-from moe.balance.stats import RouterStats, collect
+from moe.balance.stats import NEED_PLACES, RouterStats, collect
 from moe.config import Config
 
 
@@ -69,11 +69,15 @@ class Router(nn.Module):
         only the method hash looks at."""
         m = self.model
         logits_TE = F.linear(x_TD.float(), self.weight)
-        topk_weights_TK, topk_ids_TK, scores_TE = self._route(logits_TE, token_mask_T, token_ids_T)
+        needs = self.needs if self.training else frozenset()
+        routed = self._route(logits_TE, token_mask_T, token_ids_T, places=bool(needs & NEED_PLACES))
+        topk_weights_TK, topk_ids_TK, scores_TE, places_TK1 = routed
         counts_E = count_tokens(topk_ids_TK, m.num_experts)
-        detached_TE, needs = scores_TE.detach(), self.needs if self.training else frozenset()
+        detached_TE = scores_TE.detach()
         groups = m.num_groups, m.group_top_k
-        stats = collect(needs, detached_TE, self.expert_bias_E, topk_ids_TK, counts_E, token_mask_T, *groups)
+        stats = collect(
+            needs, detached_TE, self.expert_bias_E, topk_ids_TK, counts_E, token_mask_T, *groups, places_TK1
+        )
         losses = router_losses(
             self.balance,
             logits_TE,
@@ -88,7 +92,7 @@ class Router(nn.Module):
         masked = token_mask_T is not None or topk_ids_TK.shape[-1] != m.top_k  # expert choice has K = E
         return Routing(topk_weights_TK, topk_ids_TK, detached_TE, stats, losses, masked)
 
-    def _route(self, logits_TE: Tensor, mask_T: Tensor | None, token_ids_T: Tensor | None) -> TopK:
+    def _route(self, logits_TE: Tensor, mask_T: Tensor | None, token_ids_T: Tensor | None, places: bool) -> TopK:
         m, method = self.model, self.balance.method
         if method in ROUTES and (self.training or method == "hash"):  # the others see the batch only in training
             scores_TE = router_scores(logits_TE, m.score_function)
@@ -106,4 +110,5 @@ class Router(nn.Module):
             mask_T,
             m.num_groups,
             m.group_top_k,
+            places,
         )

@@ -164,7 +164,7 @@ def _fill_normal(tensor: Tensor, std: float, key: str) -> None:
     tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)
 
 
-_EXPENSIVE = {"mm", "bmm", "addmm", "_grouped_mm", "topk", "sort"}
+_EXPENSIVE = {"mm", "bmm", "addmm", "_grouped_mm", "topk", "max", "sort"}
 
 
 def _keep_expensive(ctx, op, *args, **kwargs) -> CheckpointPolicy:

@@ -7,10 +7,11 @@ from typing import get_args
 import pytest
 import torch
 
+import kernels.router_topk as router_topk_module
 from kernels.combine import combine
 from kernels.grouped_gemm import grouped_gemm, grouped_gemm_reference
 from kernels.permute import count_tokens, permute, sort_by_expert
-from kernels.router_topk import combine_weights, router_topk, selection_scores, topk_lowest_index
+from kernels.router_topk import combine_weights, router_topk, selection_scores, sorted_topk, topk_lowest_index
 from moe.config import ModelSection
 
 SCORE_FUNCTIONS = get_args(ModelSection.model_fields["score_function"].annotation)  # every one that can be configured
@@ -20,11 +21,34 @@ def rand(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 2, 1), (37, 16, 2), (64, 61, 7), (5, 256, 8), (9, 8, 7)])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k"), [(1, 2, 1), (37, 16, 2), (64, 61, 7), (5, 256, 8), (9, 8, 7), (33, 40, 21)]
+)
 def test_p15_topk_equals_stable_sort_also_with_ties(tokens, experts, top_k):
     for values in (rand(tokens, experts), (rand(tokens, experts) * 2).round(), torch.zeros(tokens, experts)):
-        expected = values.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-        assert torch.equal(topk_lowest_index(values, top_k), expected)
+        ordered, expected = values.sort(dim=-1, descending=True, stable=True)
+        found, ids = sorted_topk(values, top_k)
+        assert torch.equal(ids, expected[:, :top_k]) and torch.equal(found, ordered[:, :top_k])
+
+
+@pytest.mark.parametrize("limit", [0, 9])
+def test_p15_both_ways_to_the_top_k_agree(limit, monkeypatch):
+    values = (rand(200, 24, seed=5) * 3).round()
+    values[:, 20:] = float("-inf")  # out of reach
+    expected = topk_lowest_index(values, 5)
+    monkeypatch.setattr(router_topk_module, "REPEATED", limit)
+    assert torch.equal(topk_lowest_index(values, 5), expected)
+    values[7] = float("nan")  # still 5 experts of its own for every token
+    assert len(topk_lowest_index(values, 5)[7].unique()) == 5
+
+
+def test_places_are_the_largest_of_what_the_top_k_was_taken_of():
+    logits, bias = rand(50, 16), rand(16, seed=1) * 0.1
+    plain = router_topk(logits, bias, 3, "sigmoid", num_groups=4, group_top_k=2)
+    found = router_topk(logits, bias, 3, "sigmoid", num_groups=4, group_top_k=2, places=True)
+    biased = selection_scores(logits.sigmoid(), bias, 4, 2)
+    assert plain.places_TK1 is None and torch.equal(found.topk_ids_TK, plain.topk_ids_TK)
+    assert torch.equal(found.places_TK1, biased.sort(-1, descending=True).values[:, :4])
 
 
 def test_p15_ties_go_to_the_lowest_index_and_minus_zero_is_zero():

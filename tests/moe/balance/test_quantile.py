@@ -32,6 +32,11 @@ from tests.moe.balance.test_rules import routed
 SHAPES = [(96, 8, 2), (97, 8, 3), (64, 4, 1), (50, 5, 4), (200, 12, 5)]
 
 
+def places(biased_TE, top_k):
+    """The K + 1 largest of every row."""
+    return biased_TE.sort(-1, descending=True).values[:, : top_k + 1]
+
+
 def draw(tokens, experts, seed=0, score="sigmoid"):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(tokens, experts, generator=generator) + 0.5 * torch.randn(experts, generator=generator)
@@ -71,7 +76,7 @@ def test_binned_minimiser_is_within_one_bin_of_the_exact_one(tokens, experts, to
     scores, bias = draw(tokens, experts, score=score)
     ids = topk_lowest_index(scores + bias, top_k)
     exact = coordinate_minimiser(load_response(scores + bias, ids), top_k).double()
-    histogram = response_histogram(scores + bias, ids, None)
+    histogram = response_histogram(scores + bias, ids, places(scores + bias, top_k), None)
     target = torch.full((1, 1), tokens * top_k / experts, dtype=torch.float64)
     binned = coordinate_minimiser_binned(histogram[None], target)[0]
     edges = response_edges()
@@ -84,7 +89,7 @@ def test_response_histogram_holds_the_load_in_its_upper_half_even_with_ties():
     scores = torch.full((40, 6), 0.5)
     scores[:10, 4] = 0.9
     ids = topk_lowest_index(scores, 2)
-    histogram = response_histogram(scores, ids, None)
+    histogram = response_histogram(scores, ids, places(scores, 2), None)
     assert histogram.shape == (6, RESPONSE_BINS)
     assert histogram[:, RESPONSE_BINS // 2 :].sum(-1).tolist() == [40, 30, 0, 0, 10, 0]
     assert (histogram.sum(-1) == 40).all()
@@ -97,7 +102,7 @@ def test_bins_are_where_the_edges_say():
     for size in (1e-7, 1.1e-6, 3e-3, 0.26, 0.4, 1.9):
         # one token, K = 1, margin `size`: the chosen expert responds with +size, the other with -size
         scores = torch.tensor([[size, 0.0]])
-        histogram = response_histogram(scores, torch.tensor([[0]]), None)
+        histogram = response_histogram(scores, torch.tensor([[0]]), places(scores, 1), None)
         up, down = int(histogram[0].argmax()), int(histogram[1].argmax())
         assert edges[up] <= size < edges[up + 1] and edges[down] < -size <= edges[down + 1]
 
@@ -116,7 +121,7 @@ def test_quantile_bias_is_the_published_formula():
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
 def test_quantile_histogram_equals_the_exact_form_within_one_bin(score):
     scores, bias = draw(1000, 8, score=score)
-    histogram = quantile_histogram(scores + bias, bias, 2, None)
+    histogram = quantile_histogram(scores + bias, bias, places(scores + bias, 2)[:, 2:], None)
     low, high = bias.min() - 1, bias.max() + 1
     binned = quantile_bias_binned(histogram[None], low[None], high[None], 2)[0]
     width = float(high - low) / QUANTILE_BINS
