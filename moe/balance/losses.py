@@ -33,7 +33,7 @@ def token_shares(scores_TE: Tensor, token_mask_T: Tensor | None) -> Tensor:
     return scores_TE / scores_TE.sum(dim=-1, keepdim=True).clamp_min(SMALLEST_SUM)
 
 
-def aux_loss(scores_TE: Tensor, tokens_per_expert_E: Tensor, top_k: int, token_mask_T: Tensor | None) -> Tensor:
+def aux_loss(scores_TE: Tensor, tokens_per_expert_E: Tensor, token_mask_T: Tensor | None) -> Tensor:
     """T * E * sum_k f_k P_k, T and P_k from the tokens given (Switch Transformer, arXiv:2101.03961, eq. 4).
 
     tokens_per_expert_E int64: the counts of these tokens for the micro-batch scope. For the global scope, the counts of the
@@ -160,10 +160,12 @@ def router_losses(
     weight_ED: Tensor,
     ema_share_E: Tensor | None,
     seq_len: int,
+    top_k: int,
 ) -> RouterLosses:
-    """Every loss that the section asks for, on one layer's micro-batch."""
+    """Every loss that the section asks for, on one layer's micro-batch. top_k: the router's own, which a method that assigns
+    the batch need not give every token."""
     zero, mask_T = logits_TE.new_zeros((), dtype=torch.float32), token_mask_T
-    aux, prob_sum_E, top_k = zero, None, topk_ids_TK.shape[-1]
+    aux, prob_sum_E = zero, None
     if section.aux_loss and section.aux_scope == "global":
         prob_sum_E = token_shares(scores_TE, mask_T).sum(dim=0)
     elif section.aux_loss and section.aux_scope == "sequence":
@@ -172,7 +174,7 @@ def router_losses(
             ids_TK = topk_lowest_index(scores_TE.detach(), top_k)
         aux = aux + section.aux_loss * sequence_aux_loss(scores_TE, ids_TK, seq_len, mask_T)
     elif section.aux_loss:
-        aux = aux + section.aux_loss * aux_loss(scores_TE, tokens_per_expert_E, top_k, mask_T)
+        aux = aux + section.aux_loss * aux_loss(scores_TE, tokens_per_expert_E, mask_T)
     if section.group_loss:
         assert section.group_loss_groups is not None, "resolve() gives the group loss its groups"
         groups = section.group_loss_groups

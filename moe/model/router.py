@@ -88,6 +88,7 @@ class Router(nn.Module):
             self.weight,
             self.ema_share_E,
             self.seq_len,
+            m.top_k,
         )
         masked = token_mask_T is not None or topk_ids_TK.shape[-1] != m.top_k  # expert choice has K = E
         return Routing(topk_weights_TK, topk_ids_TK, detached_TE, stats, losses, masked)

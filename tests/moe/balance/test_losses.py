@@ -96,7 +96,7 @@ class Case:
 
 def linear_loss(name, scores_TE, ids_TK, counts_E, ema_E, mask_T, seq_len=S):
     if name == "aux":
-        return aux_loss(scores_TE, counts_E, K, mask_T)
+        return aux_loss(scores_TE, counts_E, mask_T)
     if name == "sequence":
         return sequence_aux_loss(scores_TE, ids_TK, seq_len, mask_T)
     if name == "group":
@@ -153,7 +153,7 @@ def test_global_scope_lets_unequal_micro_batches_cancel():
     logits = torch.tensor([[3.0, 3.0, 0.0, 0.0], [0.0, 0.0, 3.0, 3.0]]).requires_grad_()
     own, total = torch.tensor([[5, 5, 0, 0], [0, 0, 5, 5]]), torch.tensor([5, 5, 5, 5])
     micro, whole = (
-        torch.autograd.grad(sum(aux_loss(logits[n : n + 1].sigmoid(), c[n], 2, None) for n in (0, 1)), logits)[0]
+        torch.autograd.grad(sum(aux_loss(logits[n : n + 1].sigmoid(), c[n], None) for n in (0, 1)), logits)[0]
         for c in (own, total.expand(2, 4))
     )
     assert micro.abs().max() > 0.01
@@ -255,7 +255,7 @@ def test_group_loss_sees_blocks_of_neighbours_and_nothing_inside_them():
     balanced, skewed = torch.tensor([6, 2, 8, 0]), torch.tensor([6, 8, 2, 0])
     assert float(group_aux_loss(scores_TE, balanced, 2)) == pytest.approx(1.0)
     assert float(group_aux_loss(scores_TE, skewed, 2)) == pytest.approx(2 * (14 / 16 * 0.8 + 2 / 16 * 0.2))
-    assert torch.equal(group_aux_loss(scores_TE, skewed, 4), aux_loss(scores_TE, skewed, 2, None))
+    assert torch.equal(group_aux_loss(scores_TE, skewed, 4), aux_loss(scores_TE, skewed, None))
 
 
 # -- phi-balancing and SimBal ------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def test_aux_loss_is_switch_load_balancing_loss():
     theirs = moe_utils.switch_load_balancing_loss_func(
         scores, counts, total_num_tokens=T, topk=K, num_experts=E, moe_aux_loss_coeff=0.01
     )
-    assert float(0.01 * aux_loss(scores, counts, K, None) / T) == pytest.approx(float(theirs), rel=1e-5)
+    assert float(0.01 * aux_loss(scores, counts, None) / T) == pytest.approx(float(theirs), rel=1e-5)
 
 
 def test_z_loss_is_theirs():

@@ -112,8 +112,8 @@ def test_aux_loss_against_its_formula_and_its_minimum():
     counts = torch.tensor([40, 20, 20, 20])
     p = scores / scores.sum(-1, keepdim=True)
     expected = 50 * 4 * sum((counts[k] / 100) * p[:, k].mean() for k in range(4))
-    assert torch.allclose(aux_loss(scores, counts, 2, None), expected)
-    uniform = aux_loss(torch.full((50, 4), 0.3), torch.full((4,), 25), 2, None)
+    assert torch.allclose(aux_loss(scores, counts, None), expected)
+    uniform = aux_loss(torch.full((50, 4), 0.3), torch.full((4,), 25), None)
     assert torch.allclose(uniform, torch.tensor(50.0))  # value 1 per token at balance
 
 
@@ -122,11 +122,11 @@ def test_p11_losses_ignore_masked_tokens():
     mask = torch.arange(10) < 6
     counts = torch.tensor([3, 3, 3, 3])
     assert torch.allclose(z_loss(logits, mask), z_loss(logits[:6], None))
-    assert torch.allclose(aux_loss(logits.sigmoid(), counts, 2, mask), aux_loss(logits[:6].sigmoid(), counts, 2, None))
+    assert torch.allclose(aux_loss(logits.sigmoid(), counts, mask), aux_loss(logits[:6].sigmoid(), counts, None))
 
 
 def test_p35_losses_are_finite_at_exact_balance_and_at_zero_scores():
     scores = torch.zeros(8, 4, requires_grad=True)
-    loss = aux_loss(scores, torch.full((4,), 4), 2, None)
+    loss = aux_loss(scores, torch.full((4,), 4), None)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(scores.grad).all()

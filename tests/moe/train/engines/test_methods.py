@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from moe.balance import BALANCERS, build_balancer
-from moe.balance.losses import router_losses
+from moe.balance.losses import router_losses, sequence_aux_loss
 from moe.config import ASSIGNMENTS
 from moe.model.loss import IGNORED
 from moe.parallel import build_ranks
@@ -190,8 +190,21 @@ def test_zero_coefficients_give_zero_losses_and_no_gradient_path():
     section = tiny_config().balance
     logits = torch.randn(4, 8, requires_grad=True)
     ids = torch.zeros(4, 2, dtype=torch.int64)
-    out = router_losses(section, logits, logits.sigmoid(), ids, torch.ones(8).long(), None, torch.zeros(8, 3), None, 4)
+    out = router_losses(
+        section, logits, logits.sigmoid(), ids, torch.ones(8).long(), None, torch.zeros(8, 3), None, 4, 2
+    )
     assert float(out.aux) == float(out.z) == 0.0 and out.prob_sum_E is None
+
+
+def test_the_unbiased_sequence_loss_counts_the_router_s_own_k_when_the_method_assigns_another_number():
+    section = tiny_config(
+        balance__aux_loss=1.0, balance__aux_scope="sequence", balance__aux_selection="unbiased"
+    ).balance
+    logits = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    assigned = torch.arange(6).expand(8, 6)  # as wide as expert choice gives them
+    out = router_losses(section, logits, logits.sigmoid(), assigned, torch.ones(6).long(), None, logits, None, 4, 2)
+    expected = sequence_aux_loss(logits.sigmoid(), logits.topk(2, -1).indices, 4)
+    torch.testing.assert_close(out.aux, expected)
 
 
 @pytest.mark.parametrize("method", sorted(BALANCERS))
