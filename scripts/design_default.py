@@ -3,6 +3,7 @@
     python scripts/design_default.py estimate [--cells 3,7]        CPU-hours, from two batches of every cell
     python scripts/design_default.py run --jobs 2 [--cells 3,7] [--minutes 60]
     python scripts/design_default.py report [--summary docs/design_default.json]
+    python scripts/design_default.py run|report --held-out ...     other cells, which had no part in the choice of the rule
 
 Every cell of CELLS is run for 160 batches with 3 seeds (2 at T = 131,072), all contestants on the same batches:
 
@@ -95,6 +96,11 @@ DESIGN = {  # stream: E, K, T, score
     "recorded": [(16, 2, 16384, SIGM), (64, 1, 2048, SIGM), (256, 6, 2048, SIGM), (512, 8, 2048, SOFT)],
 }
 CELLS = [Cell(*setting, stream) for stream, settings in DESIGN.items() for setting in settings]
+HELD_OUT = [  # the same table with the other score function, where it is cheap
+    cell._replace(score=SOFT if cell.score == SIGM else SIGM)
+    for cell in CELLS
+    if cell.stream != "recorded" and cell.tokens * cell.experts <= 2**19
+]
 
 # -- the contestants ---------------------------------------------------------------------------------------------------
 
@@ -239,13 +245,13 @@ def unit_path(out: Path, cell: Cell, seed: int) -> Path:
     return out / f"{cell.stream}_{cell.recording.removesuffix('.npz')}_seed{seed}.json"
 
 
-def run_unit(task: tuple[int, int, Path, float]) -> str | None:
+def run_unit(task: tuple[int, Cell, int, Path, float]) -> str | None:
     """Run one cell with one seed and write its file, unless the deadline is over. Returns the line to print."""
-    index, seed, out, deadline = task
+    index, cell, seed, out, deadline = task
     if time.time() > deadline:
         return None
     torch.set_num_threads(1)
-    cell, start = CELLS[index], time.process_time()
+    start = time.process_time()
     rules = contestants(cell)
     try:
         maxvio = simulate(batches_of(cell, seed, out), rules, cell.top_k)
@@ -262,18 +268,17 @@ def run_unit(task: tuple[int, int, Path, float]) -> str | None:
     return f"cell {index}, seed {seed}: {seconds:.0f} CPU-seconds ({cell})"
 
 
-def run(indices: list[int], out: Path, jobs: int, minutes: float) -> None:
+def run(cells: dict[int, Cell], out: Path, jobs: int, minutes: float) -> None:
     """All missing units, the cheapest cells first, in `jobs` processes of one thread."""
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.time() + 60 * minutes
     todo = []
-    for index in sorted(indices, key=lambda i: CELLS[i].tokens * CELLS[i].experts):
-        cell = CELLS[index]
+    for index, cell in sorted(cells.items(), key=lambda item: item[1].tokens * item[1].experts):
         if cell.stream == "recorded" and not (out / "recorded" / cell.recording).is_file():
             print(f"cell {index} skipped: there is no {out / 'recorded' / cell.recording}")
             continue
         seeds = [seed for seed in range(cell.seeds) if not unit_path(out, cell, seed).is_file()]
-        todo += [(index, seed, out, deadline) for seed in seeds]
+        todo += [(index, cell, seed, out, deadline) for seed in seeds]
     print(f"{len(todo)} units to run", flush=True)
     os.environ["OMP_NUM_THREADS"] = "1"  # read by the processes that are spawned now
     with multiprocessing.get_context("spawn").Pool(jobs) if jobs > 1 and todo else nullcontext() as pool:
@@ -282,12 +287,11 @@ def run(indices: list[int], out: Path, jobs: int, minutes: float) -> None:
                 print(line, flush=True)
 
 
-def estimate(indices: list[int]) -> None:
+def estimate(cells: dict[int, Cell]) -> None:
     """CPU-minutes of the cells, from the second of two batches (recorded: of iid in its place)."""
     torch.set_num_threads(1)
     total = 0.0
-    for index in indices:
-        cell = CELLS[index]
+    for index, cell in cells.items():
         stand_in = cell._replace(stream="iid") if cell.stream == "recorded" else cell
         rules, batches = contestants(cell), batches_of(stand_in, 0, Path())
         simulate([next(batches)], rules, cell.top_k)
@@ -296,7 +300,7 @@ def estimate(indices: list[int]) -> None:
         minutes = (time.process_time() - start) * STEPS * cell.seeds / 60
         total += minutes
         print(f"cell {index:2d}  {minutes:6.1f} CPU-minutes  {cell}", flush=True)
-    print(f"{len(indices)} cells: {total / 60:.2f} CPU-hours")
+    print(f"{len(cells)} cells: {total / 60:.2f} CPU-hours")
 
 
 # -- the report --------------------------------------------------------------------------------------------------------
@@ -305,10 +309,10 @@ LIMITS = {"late": 1.05, "early": 1.25, "after": 1.5}  # of the ratio default / b
 DIVERGED = 1.25  # times the late MaxVio of no balancing
 
 
-def gather(out: Path) -> dict[str, Any]:
+def gather(table: list[Cell], out: Path) -> dict[str, Any]:
     """What docs/design_default.json holds: of every finished cell the figures of every contestant, means over seeds."""
     cells, versions, seconds = {}, set(), 0.0
-    for index, cell in enumerate(CELLS):
+    for index, cell in enumerate(table):
         paths = [unit_path(out, cell, seed) for seed in range(cell.seeds)]
         if not all(path.is_file() for path in paths):
             continue
@@ -327,7 +331,8 @@ def gather(out: Path) -> dict[str, Any]:
                 for unit, s, none in zip(units, own, idle, strict=True)
             )
         cells[str(index)] = cell._asdict() | {"seeds": cell.seeds, "figures": figures}
-    return {"steps": STEPS, "cpu_hours": round(seconds / 3600, 2), "versions": sorted(versions), "cells": cells}
+    found = {"steps": STEPS, "of": len(table), "cpu_hours": round(seconds / 3600, 2), "versions": sorted(versions)}
+    return found | {"cells": cells}
 
 
 def best_rival(figures: dict[str, dict[str, float]], figure: str) -> str:
@@ -349,11 +354,16 @@ def spread(values: dict[str, float]) -> str:
     return f"{statistics.median(values.values()):.2f} | {values[worst]:.2f} (cell {worst})"
 
 
+def cell_of(entry: dict[str, Any]) -> Cell:
+    """The cell of an entry of `gather`."""
+    return Cell(*(entry[name] for name in Cell._fields))
+
+
 def verdict(found: dict[str, Any]) -> list[str]:
     """What is missing, the share of the cells that pass, every failure."""
     cells = found["cells"]
-    missing = [i for i in range(len(CELLS)) if str(i) not in cells]
-    lines = [f"{len(cells)} of {len(CELLS)} cells, {found['cpu_hours']} CPU-hours. {'; '.join(found['versions'])}"]
+    missing = [i for i in range(found["of"]) if str(i) not in cells]
+    lines = [f"{len(cells)} of {found['of']} cells, {found['cpu_hours']} CPU-hours. {'; '.join(found['versions'])}"]
     if missing:
         lines += ["", f"**{len(missing)} cells missing:** {', '.join(map(str, missing))}"]
     failures = []
@@ -365,10 +375,10 @@ def verdict(found: dict[str, Any]) -> list[str]:
         share = f"{passed / count:.0%}" if count else "–"
         lines.append(f"| {figure} | {limit} | {count} | {passed} | {share} | {spread(values)} |")
         for i, value in failed.items():
-            failures.append(f"- {figure} {value:.2f} > {limit}: cell {i} ({CELLS[int(i)]})")
+            failures.append(f"- {figure} {value:.2f} > {limit}: cell {i} ({cell_of(cells[i])})")
     for i, c in cells.items():
         if diverged := c["figures"][DEFAULT]["diverged"]:
-            failures.append(f"- diverged on {diverged} of {c['seeds']} seeds: cell {i} ({CELLS[int(i)]})")
+            failures.append(f"- diverged on {diverged} of {c['seeds']} seeds: cell {i} ({cell_of(c)})")
     return [*lines, "", f"{len(failures)} failures", *(["", *failures] if failures else [])]
 
 
@@ -403,14 +413,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cells", default="", help="comma-separated numbers; default: all")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no unit after this time")
     parser.add_argument("--summary", type=Path, help="report: also write the figures to this JSON file")
+    parser.add_argument("--held-out", action="store_true", help="the cells of HELD_OUT instead of CELLS")
     options = parser.parse_args(argv)
-    indices = [int(word) for word in options.cells.split(",")] if options.cells else list(range(len(CELLS)))
+    table = HELD_OUT if options.held_out else CELLS
+    indices = [int(word) for word in options.cells.split(",")] if options.cells else range(len(table))
+    cells = {index: table[index] for index in indices}
     if options.command == "estimate":
-        estimate(indices)
+        estimate(cells)
     elif options.command == "run":
-        run(indices, options.out, options.jobs, options.minutes)
+        run(cells, options.out, options.jobs, options.minutes)
     else:
-        found = gather(options.out)
+        found = gather(table, options.out)
         print("\n".join([*verdict(found), "", *details(found)]))
         if options.summary:
             options.summary.write_text(json.dumps(found) + "\n")

@@ -40,6 +40,7 @@ def test_the_design_covers_every_pair_of_levels():
         assert sorted(c.experts for c in mine) == list(levels[0]) and sorted(c.top_k for c in mine) == list(levels[1])
     large = [cell for cell in CELLS if cell.tokens == 131072]
     assert sorted(cell.experts for cell in large) == [16, 64, 64, 256]
+    assert len(design.HELD_OUT) == 18 and not set(design.HELD_OUT) & set(CELLS)
     assert {c.score for c in large} == {"sigmoid", "softmax"} and len({c.stream for c in large} - {"recorded"}) == 4
 
 
