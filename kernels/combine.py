@@ -10,6 +10,7 @@ Letters: T tokens, D model dim, K experts per token, R dispatched rows.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.permute import Permutation, gather_rows
@@ -19,20 +20,28 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows_RD: Tensor, weights_TK: Tensor, permutation: Permutation) -> Tensor:
         ctx.save_for_backward(rows_RD, weights_TK, permutation.inverse_TK, permutation.order_R)
-        ctx.masked = permutation.masked
-        gathered_TKD = gather_rows(rows_RD, permutation.inverse_TK, permutation.masked)
-        return torch.bmm(weights_TK[:, None, :], gathered_TKD.float())[:, 0].to(rows_RD.dtype)
+        return weighted_sum(rows_RD, weights_TK, permutation.inverse_TK, permutation.masked)
 
     @staticmethod
     def backward(ctx, grad_TD: Tensor):
         rows_RD, weights_TK, inverse_TK, order_R = ctx.saved_tensors
-        grad_TD = grad_TD.float()
-        gathered_TKD = gather_rows(rows_RD, inverse_TK, ctx.masked).float()
-        grad_weights_TK = torch.bmm(gathered_TKD, grad_TD[:, :, None])[:, :, 0]
-        weights_R = weights_TK.reshape(-1)[order_R]
-        tokens_R = order_R.div(inverse_TK.shape[1], rounding_mode="floor")
-        grad_rows_RD = (weights_R[:, None] * grad_TD[tokens_R]).to(rows_RD.dtype)
+        token_R = order_R.div(inverse_TK.shape[1], rounding_mode="floor")
+        wide = torch.promote_types(rows_RD.dtype, weights_TK.dtype)
+        grad_RD = grad_TD.to(wide).index_select(0, token_R)
+        grad_weights_R = (grad_RD * rows_RD.to(wide)).sum(dim=-1).to(weights_TK.dtype)
+        grad_weights_TK = F.pad(grad_weights_R, (0, 1))[inverse_TK]  # -1: the last one, 0
+        grad_rows_RD = grad_RD.mul_(weights_TK.reshape(-1)[order_R][:, None]).to(rows_RD.dtype)
         return grad_rows_RD, grad_weights_TK, None
+
+
+def weighted_sum(rows_RD: Tensor, weights_TK: Tensor, inverse_TK: Tensor, masked: bool) -> Tensor:
+    """The equation at the top, without a gradient."""
+    if masked or rows_RD.is_cuda:
+        gathered_TKD = gather_rows(rows_RD, inverse_TK, masked).to(weights_TK.dtype)
+        return torch.bmm(weights_TK[:, None, :], gathered_TKD)[:, 0].to(rows_RD.dtype)
+    # embedding_bag keeps no gathered rows; its weights must have the dtype of the rows, and bfloat16 would round them.
+    rows = rows_RD.to(torch.promote_types(rows_RD.dtype, weights_TK.dtype))
+    return F.embedding_bag(inverse_TK, rows, mode="sum", per_sample_weights=weights_TK.to(rows.dtype)).to(rows_RD.dtype)
 
 
 def combine(rows_RD: Tensor, weights_TK: Tensor, permutation: Permutation) -> Tensor:
