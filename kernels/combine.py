@@ -3,16 +3,144 @@
     out_TD[t] = sum_k weights_TK[t, k] * rows_RD[inverse_TK[t, k]]        accumulated in float32
     grad rows_RD[r] = w * grad out_TD[t];   grad weights_TK[t, k] = <rows_RD[inverse], grad out_TD[t]>
 
-Saved for backward: rows, weights, inverse. Every row is written once: deterministic.
+rows_RD any float dtype, weights_TK float32, inverse_TK int64 (-1: no row, counts as zero), out_TD in the dtype of rows_RD.
+Saved for backward: rows, weights, inverse. Every row is written once, no atomics: deterministic.
 Letters: T tokens, D model dim, K experts per token, R dispatched rows.
 """
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from kernels.backend import fused
 from kernels.permute import Permutation, gather_rows
+
+# -- the reference -----------------------------------------------------------------------------------------------------
+
+
+def combine_reference(rows_RD: Tensor, weights_TK: Tensor, inverse_TK: Tensor) -> Tensor:
+    """The equation, differentiable, in float32 (float64 for float64 rows)."""
+    wide = torch.promote_types(rows_RD.dtype, torch.float32)
+    padded = torch.cat([rows_RD.to(wide), rows_RD.new_zeros(1, rows_RD.shape[1], dtype=wide)])
+    return (weights_TK.to(wide)[:, :, None] * padded[inverse_TK]).sum(1).to(rows_RD.dtype)  # -1: the row of zeros
+
+
+# -- Triton ------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _combine_fwd_kernel(
+    rows_ptr, weights_ptr, inverse_ptr, out_ptr, T, D,
+    K: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    token = t < T
+    total = tl.zeros((BT, BD), tl.float32)
+    for k in tl.static_range(K):
+        pair = t.to(tl.int64) * K + k
+        row = tl.load(inverse_ptr + pair, mask=token, other=-1)
+        weight = tl.load(weights_ptr + pair, mask=token, other=0.0)
+        there = (row >= 0)[:, None] & (d < D)[None, :]
+        value = tl.load(rows_ptr + row[:, None] * D + d[None, :], mask=there, other=0.0).to(tl.float32)
+        total += weight[:, None] * value
+    out = out_ptr + t[:, None].to(tl.int64) * D + d[None, :]
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=token[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _combine_bwd_kernel(
+    grad_ptr, rows_ptr, weights_ptr, inverse_ptr, grad_rows_ptr, grad_weights_ptr, T, D,
+    K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    token = t < T
+    place = tl.arange(0, KP)
+    grad_weights = tl.zeros((BT, KP), tl.float32)
+    for start in range(0, D, BD):
+        d = start + tl.arange(0, BD)
+        inside = (d < D)[None, :]
+        at = t[:, None].to(tl.int64) * D + d[None, :]
+        grad = tl.load(grad_ptr + at, mask=token[:, None] & inside, other=0.0).to(tl.float32)
+        for k in tl.static_range(K):
+            pair = t.to(tl.int64) * K + k
+            row = tl.load(inverse_ptr + pair, mask=token, other=-1)
+            weight = tl.load(weights_ptr + pair, mask=token, other=0.0)
+            there = (row >= 0)[:, None] & inside
+            where = row[:, None] * D + d[None, :]
+            value = tl.load(rows_ptr + where, mask=there, other=0.0).to(tl.float32)
+            tl.store(grad_rows_ptr + where, (weight[:, None] * grad).to(grad_rows_ptr.dtype.element_ty), mask=there)
+            product = tl.sum(value * grad, axis=1)
+            grad_weights += tl.where(place[None, :] == k, product[:, None], 0.0)
+    pairs = t[:, None].to(tl.int64) * K + place[None, :]
+    tl.store(grad_weights_ptr + pairs, grad_weights, mask=token[:, None] & (place < K)[None, :])
+
+
+# Blocks: whole rows of up to 1,024 values in registers. Not tuned: no GPU was at hand.
+
+
+def combine_forward(rows_RD: Tensor, weights_TK: Tensor, inverse_TK: Tensor) -> Tensor:
+    """Launch the forward kernel. Contiguous tensors."""
+    tokens, top_k = weights_TK.shape
+    dim = rows_RD.shape[1]
+    out_TD = rows_RD.new_empty(tokens, dim)
+    if out_TD.numel() == 0:
+        return out_TD
+    block_d = min(1024, triton.next_power_of_2(dim))
+    block_t = max(1, 1024 // block_d)
+    grid = (triton.cdiv(tokens, block_t), triton.cdiv(dim, block_d))
+    _combine_fwd_kernel[grid](
+        rows_RD, weights_TK, inverse_TK, out_TD, tokens, dim, K=top_k, BT=block_t, BD=block_d, num_warps=4
+    )
+    return out_TD
+
+
+def combine_backward(grad_TD: Tensor, rows_RD: Tensor, weights_TK: Tensor, inverse_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Launch the backward kernel: grad_rows_RD, grad_weights_TK. Contiguous tensors; every row belongs to one pair."""
+    tokens, top_k = weights_TK.shape
+    dim = rows_RD.shape[1]
+    grad_rows_RD, grad_weights_TK = torch.empty_like(rows_RD), torch.empty_like(weights_TK)
+    if tokens == 0 or dim == 0:
+        return grad_rows_RD, grad_weights_TK.zero_()
+    block_d = min(1024, triton.next_power_of_2(dim))
+    block_t = max(1, 1024 // block_d)
+    _combine_bwd_kernel[(triton.cdiv(tokens, block_t),)](
+        grad_TD, rows_RD, weights_TK, inverse_TK, grad_rows_RD, grad_weights_TK, tokens, dim,
+        K=top_k, KP=triton.next_power_of_2(top_k), BT=block_t, BD=block_d, num_warps=4,
+    )  # fmt: skip
+    return grad_rows_RD, grad_weights_TK
+
+
+# Registered as operators: a compiled model keeps them without a graph break.
+_forward = torch.library.custom_op("alf_moe::combine", combine_forward, mutates_args=())
+_backward = torch.library.custom_op("alf_moe::combine_backward", combine_backward, mutates_args=())
+
+
+@_forward.register_fake
+def _(rows_RD, weights_TK, inverse_TK):
+    return rows_RD.new_empty(weights_TK.shape[0], rows_RD.shape[1])
+
+
+@_backward.register_fake
+def _(grad_TD, rows_RD, weights_TK, inverse_TK):
+    return torch.empty_like(rows_RD), torch.empty_like(weights_TK)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx, grad_TD):
+    return *_backward(grad_TD.contiguous(), *ctx.saved_tensors), None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+# -- torch -------------------------------------------------------------------------------------------------------------
 
 
 class _Combine(torch.autograd.Function):
@@ -36,5 +164,15 @@ class _Combine(torch.autograd.Function):
 
 
 def combine(rows_RD: Tensor, weights_TK: Tensor, permutation: Permutation) -> Tensor:
-    """out_TD in the dtype of rows_RD; weights_TK float32. Pairs without a row count as zero."""
-    return _Combine.apply(rows_RD, weights_TK, permutation)
+    """out_TD in the dtype of rows_RD; weights_TK float32. Pairs without a row count as zero.
+
+    Raises ValueError for other dtypes, devices or shapes.
+    """
+    if weights_TK.shape != permutation.inverse_TK.shape:
+        shapes = f"{tuple(weights_TK.shape)} and inverse_TK {tuple(permutation.inverse_TK.shape)}"
+        raise ValueError(f"weights_TK is {shapes}: give a weight for every pair of the permutation")
+    if not fused(rows_RD):
+        return _Combine.apply(rows_RD, weights_TK, permutation)
+    if weights_TK.dtype != torch.float32 or weights_TK.device != rows_RD.device:
+        raise ValueError(f"weights_TK is {weights_TK.dtype} on {weights_TK.device}: give float32 on {rows_RD.device}")
+    return _forward(rows_RD.contiguous(), weights_TK.contiguous(), permutation.inverse_TK)

@@ -1,0 +1,49 @@
+"""Every kernel, at the shapes of the models, compiles for three generations without spills and within shared memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.cases import MODELS, Shape
+from kernels.combine import combine_backward, combine_forward
+from tests.kernels.compiled.lane import SHARED_LIMIT, Build, Recorder
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def launch_combine(s: Shape, dtype: torch.dtype) -> None:
+    rows, out = meta(s.T * s.K, s.D, dtype=dtype), meta(s.T, s.D, dtype=dtype)
+    weights, inverse = meta(s.T, s.K, dtype=torch.float32), meta(s.T, s.K, dtype=torch.int64)
+    combine_forward(rows, weights, inverse)
+    combine_backward(out, rows, weights, inverse)
+
+
+LAUNCHES = {"combine": launch_combine}
+
+
+def builds_of(op: str, capability: int) -> dict[str, list[Build]]:
+    """By shape and dtype."""
+    with Recorder(capability) as recorder:
+        found = {}
+        for name, shape in MODELS.items():
+            for short, dtype in DTYPES.items():
+                recorder.builds = []
+                LAUNCHES[op](shape, dtype)
+                found[f"{name} {short}"] = recorder.builds
+    return found
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+@pytest.mark.parametrize("op", LAUNCHES)
+def test_compiles_without_spills_within_shared_memory(op: str, capability: int):
+    builds = [(setting, build) for setting, some in builds_of(op, capability).items() for build in some]
+    assert len({build.kernel for _, build in builds}) >= 2
+    for setting, build in builds:
+        print(f"sm_{capability} {setting} {build.kernel}: {build.registers} registers, {build.shared} B shared")
+        assert build.spilled == 0, (setting, build.kernel)
+        assert build.shared <= SHARED_LIMIT[capability], (setting, build.kernel)
