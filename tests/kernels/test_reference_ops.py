@@ -10,7 +10,7 @@ import torch
 import kernels.router_topk as router_topk_module
 from kernels.combine import combine
 from kernels.grouped_gemm import grouped_gemm, grouped_gemm_reference
-from kernels.permute import count_tokens, permute, sort_by_expert
+from kernels.permute import count_tokens, padded_ends, permute, regroup, sort_by_expert
 from kernels.router_topk import combine_weights, router_topk, selection_scores, sorted_topk, topk_lowest_index
 from moe.config import ModelSection
 
@@ -162,6 +162,75 @@ def test_permute_and_combine_against_a_loop_with_gradients(masked):
     gx, gw = torch.autograd.grad(expected, [x, w], upstream)
     assert torch.allclose(out, expected, atol=1e-6)
     assert torch.allclose(x.grad, gx, atol=1e-6) and torch.allclose(w.grad, gw.float(), atol=1e-5)
+
+
+def test_int32_ids_are_sorted_and_counted_like_int64():
+    ids, p = ids_with_holes()
+    q = sort_by_expert(ids.int(), 5, masked=True)
+    assert all(torch.equal(a, b) and b.dtype == torch.int64 for a, b in zip(p[:3], q[:3], strict=True))
+    assert torch.equal(count_tokens(ids.int(), 5), p.counts_E)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("tile", [2, 16])
+def test_tiles_only_move_the_rows_apart_and_what_lies_between_is_zero(tile, masked):
+    ids = torch.stack([torch.randperm(7, generator=torch.Generator().manual_seed(t))[:3] for t in range(11)])
+    if masked:
+        ids[::3] = -1
+    close, p = sort_by_expert(ids, 7, masked), sort_by_expert(ids, 7, masked, tile)
+    real = p.order_R >= 0
+    assert torch.equal(p.order_R[real], close.order_R) and torch.equal(p.counts_E, close.counts_E)
+    assert len(p.order_R) == (33 + 7 * (tile - 1)) // tile * tile and p.padded and not close.padded
+    assert torch.equal(p.order_R[p.inverse_TK[ids >= 0]], (ids >= 0).flatten().nonzero()[:, 0])
+    ends = padded_ends(p.counts_E, tile)
+    assert (ends % tile == 0).all() and torch.equal(padded_ends(p.counts_E, 1), p.counts_E.cumsum(0))
+    experts_R = torch.bucketize(torch.arange(len(real)), ends, right=True)
+    assert torch.equal(experts_R[real], ids.flatten()[close.order_R])
+
+    x, w = rand(11, 6).requires_grad_(), rand(11, 3, seed=1).requires_grad_()
+    rows = permute(x, p)
+    rows.retain_grad()
+    out = combine(rows, w, p)
+    found = torch.autograd.grad(out, [x, w, rows], rand(11, 6, seed=2))
+    assert (rows[~real] == 0).all() and (found[2][~real] == 0).all()
+    plain = combine(permute(x, close), w, close)
+    assert torch.equal(out, plain)
+    expected = torch.autograd.grad(plain, [x, w], rand(11, 6, seed=2))
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("counts", [[[3, 0, 2], [1, 4, 0]], [[0, 0], [0, 0]], [[5]], [[0, 7, 0, 1], [2, 0, 0, 0]]])
+def test_regroup_is_the_sort_of_the_rows_local_experts(counts):
+    counts_pe = torch.tensor(counts)
+    ranks, local = counts_pe.shape
+    expert_of_row = torch.arange(local).repeat(ranks).repeat_interleave(counts_pe.view(-1))
+    expected = sort_by_expert(expert_of_row[:, None], local)
+    found = regroup(counts_pe, int(counts_pe.sum()))
+    assert all(torch.equal(a, b) for a, b in zip(found[:3], expected[:3], strict=True))
+
+
+def test_p32_permute_refuses_what_does_not_fit():
+    ids, p = ids_with_holes()
+    with pytest.raises(ValueError, match=r"topk_ids is torch.float32: give int32 or int64"):
+        sort_by_expert(ids.float(), 5)
+    with pytest.raises(ValueError, match=r"topk_ids is torch.int16: give int32 or int64"):
+        count_tokens(ids.short(), 5)
+    with pytest.raises(ValueError, match="num_experts = 0: give at least 1"):
+        count_tokens(ids, 0)
+    with pytest.raises(ValueError, match=r"topk_ids_TK is \(4, 6\): give \[T, K\] with 1 <= K <= 5 experts"):
+        sort_by_expert(torch.zeros(4, 6, dtype=torch.int64), 5)
+    with pytest.raises(ValueError, match=r"topk_ids_TK is \(4,\)"):
+        sort_by_expert(ids[:, 0], 5)
+    with pytest.raises(ValueError, match="tile = 0: give at least 1"):
+        sort_by_expert(ids, 5, tile=0)
+    with pytest.raises(ValueError, match=r"x_TD is \(3, 6\): give \[T, D\] with T = 4"):
+        permute(rand(3, 6), p)
+    with pytest.raises(ValueError, match="x_TD is on meta: give it on cpu"):
+        permute(rand(4, 6).to("meta"), p)
+    with pytest.raises(ValueError, match=r"counts_pe is torch.int64 \(3,\), rows = 6"):
+        regroup(torch.tensor([1, 2, 3]), 6)
+    with pytest.raises(ValueError, match=r"rows_RD is \(7, 6\): give \[R, D\] with R = 6"):
+        combine(rand(7, 6), rand(4, 2), p)
 
 
 def test_combine_of_bfloat16_rows_is_summed_in_float32_and_rounded_once():
