@@ -95,6 +95,8 @@ def routed(shape: Shape, kind: str, device: torch.device | str, seed: int, tile:
     return sort_by_expert(ids_TK, shape.E, masked=kind == "masked", tile=tile)
 
 
+WIDE = (Shape(5, 1100, 16, 4, 2), "uniform")  # rows of more than one block
+
 # -- permute -----------------------------------------------------------------------------------------------------------
 
 
@@ -120,6 +122,7 @@ PERMUTE = Op(
     lambda x, p: permute_reference(x, p.order_R, p.inverse_TK.shape[1]),
     [
         *(_permute_case(name, *setting) for name, setting in SMALL.items()),
+        _permute_case("wide", *WIDE),
         _permute_case("tiles", *SMALL["odd"], tile=16),
         _permute_case("masked_tiles", *SMALL["masked"], tile=8),
     ],
@@ -153,6 +156,7 @@ COMBINE = Op(
     _combine_reference,
     [
         *(_combine_case(name, *setting) for name, setting in SMALL.items()),
+        _combine_case("wide", *WIDE),
         _combine_case("masked_tiles", *SMALL["masked"], tile=8),
     ],
     {

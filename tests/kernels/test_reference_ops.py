@@ -11,7 +11,17 @@ import kernels.router_topk as router_topk_module
 from kernels.combine import combine
 from kernels.grouped_gemm import grouped_gemm, grouped_gemm_reference
 from kernels.permute import count_tokens, padded_ends, permute, regroup, sort_by_expert
-from kernels.router_topk import combine_weights, router_topk, selection_scores, sorted_topk, topk_lowest_index
+from kernels.router_topk import (
+    STATISTICS,
+    combine_weights,
+    route,
+    router_topk,
+    selection_scores,
+    sorted_topk,
+    topk_lowest_index,
+)
+from moe.balance.losses import SMALLEST_SUM
+from moe.balance.stats import collect
 from moe.config import ModelSection
 
 SCORE_FUNCTIONS = get_args(ModelSection.model_fields["score_function"].annotation)  # every one that can be configured
@@ -124,6 +134,46 @@ def test_combine_weights_of_no_expert_are_zero_and_the_rest_sum_to_one():
     assert float(weights[2].sum()) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("groups", [(1, 1), (4, 2)])
+@pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
+def test_route_is_router_topk_and_what_the_balancers_collect(score_function, groups, masked):
+    bias, mask = rand(16, seed=1) * 0.1, torch.arange(50) % 3 != 1 if masked else None
+    for logits in (rand(50, 16), rand(50, 16).bfloat16()):
+        ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+        found = route(ours, bias, 3, score_function, True, 2.5, mask, *groups, frozenset(STATISTICS), 0.02)
+        expected = router_topk(theirs, bias, 3, score_function, True, 2.5, mask, *groups)
+        assert torch.equal(found.topk_weights_TK, expected.topk_weights_TK)
+        assert found.topk_ids_TK.dtype == torch.int32
+        assert torch.equal(found.topk_ids_TK.long(), expected.topk_ids_TK)
+        for weights in (found.topk_weights_TK, expected.topk_weights_TK):
+            weights.square().sum().backward()
+        assert torch.equal(ours.grad, theirs.grad)
+
+        ids, scores = expected.topk_ids_TK, expected.scores_TE.detach()
+        needs = frozenset({"dual_sum", "prob_sum", "response_histogram"})
+        stats = collect(needs, scores, bias, ids, count_tokens(ids, 16), mask, *groups)
+        assert torch.equal(found.tokens_per_expert_E, stats.tokens_per_expert)
+        assert torch.equal(found.response_histogram_EB, stats.response_histogram)
+        # Theirs are sums in float32, in the order of the machine.
+        assert torch.allclose(found.dual_sum.double(), stats.dual_sum.double(), rtol=1e-7, atol=0)
+        assert torch.allclose(found.prob_sum_E.double(), stats.prob_sum.double(), rtol=1e-7, atol=0)
+
+        ordered = selection_scores(scores, bias, *groups).sort(-1, descending=True)
+        near = ordered.values[:, 2] - ordered.values[:, 3] <= 0.02
+        near = near if mask is None else near & mask
+        counted = torch.bincount(ordered.indices[near, 2:4].flatten(), minlength=16)
+        assert 0 < near.sum() < 50 and torch.equal(found.boundary_count_E, counted)
+
+
+def test_route_counts_nothing_that_is_not_asked_for_and_shares_its_constant():
+    found = route(rand(4, 8), torch.zeros(8), 2, "sigmoid")
+    assert found[3:] == (None,) * 4 and int(found.tokens_per_expert_E.sum()) == 8
+    assert router_topk_module.SMALLEST_SUM == SMALLEST_SUM
+    with pytest.raises(ValueError, match="top_k = 9 is not within 1 and the 8 experts in reach"):
+        route(rand(4, 8), torch.zeros(8), 9, "sigmoid")
+
+
 def test_p11_masked_tokens_get_no_expert():
     mask = torch.tensor([True, False, True, True])
     out = router_topk(rand(4, 8), torch.zeros(8), 2, "sigmoid", token_mask_T=mask)
@@ -186,6 +236,7 @@ def test_tiles_only_move_the_rows_apart_and_what_lies_between_is_zero(tile, mask
     assert (ends % tile == 0).all() and torch.equal(padded_ends(p.counts_E, 1), p.counts_E.cumsum(0))
     experts_R = torch.bucketize(torch.arange(len(real)), ends, right=True)
     assert torch.equal(experts_R[real], ids.flatten()[close.order_R])
+    assert real[(ends.roll(1) * (torch.arange(7) > 0))[p.counts_E > 0]].all()  # rows first, then what is left of the tile
 
     x, w = rand(11, 6).requires_grad_(), rand(11, 3, seed=1).requires_grad_()
     rows = permute(x, p)
