@@ -10,6 +10,7 @@ import torch
 from kernels.cases import MODELS, Shape
 from kernels.combine import combine_backward, combine_forward
 from kernels.permute import count_tokens_forward, permute_backward, permute_forward, sort_forward
+from kernels.router_topk import RESPONSE_BINS, route_backward, route_forward
 from tests.kernels.compiled.lane import SHARED_LIMIT, Build, Recorder
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -39,7 +40,18 @@ def launch_combine(s: Shape, dtype: torch.dtype) -> None:
     combine_backward(out, rows, weights, inverse, order)
 
 
-LAUNCHES = {"permute": launch_permute, "combine": launch_combine}
+def launch_route(s: Shape, dtype: torch.dtype) -> None:
+    s = s._replace(T=65_536)
+    logits, bias = meta(s.T, s.E, dtype=dtype), meta(s.E, dtype=torch.float32)
+    grad, ids = meta(s.T, s.K, dtype=torch.float32), meta(s.T, s.K, dtype=torch.int32)
+    none, every = [s.E, 0, 0, 0, 0], [s.E, 1, s.E, s.E, s.E * RESPONSE_BINS]
+    for score in ("sigmoid", "softmax"):
+        for mask, sizes, groups in ((None, none, (1, 1)), (meta(s.T, dtype=torch.bool), every, (8, 4))):
+            route_forward(logits, bias, mask, s.K, score, True, 2.5, *groups, 0.1, sizes)
+        route_backward(grad, logits, ids, score, True, 2.5)
+
+
+LAUNCHES = {"route": launch_route, "permute": launch_permute, "combine": launch_combine}
 
 
 def builds_of(op: str, capability: int) -> dict[str, list[Build]]:
