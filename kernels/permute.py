@@ -1,7 +1,7 @@
 """Permute: rows of tokens in the order of their experts, and back.
 
     rows_RD[r] = x_TD[order_R[r] // K]         R = number of (token, expert) pairs, sorted by expert, stable
-    grad x_TD[t] = sum_k grad rows_RD[inverse_TK[t, k]]     a gather, summed in float32, no atomics: deterministic
+    grad x_TD[t] = sum_k grad rows_RD[inverse_TK[t, k]]     a gather, summed in float32 (float64 for float64), no atomics
 
 The order is a counting sort. Pair p of expert e goes to row
 
@@ -16,7 +16,7 @@ Rows of no pair: order_R is -1 there, `permute` writes zeros, no gradient comes 
   - after the rows of every expert with tile > 1, up to a multiple of tile, and at the end up to a size known to the host.
 Groups end before them (counts_E, or padded_ends), so a grouped product never takes them for rows of an expert.
 
-rows_RD any dtype, as x_TD. Saved for backward: inverse_TK.
+rows_RD in the dtype of x_TD, any. Saved for backward: inverse_TK.
 Letters: T tokens, D model dim, E experts, e local experts, K experts per token, R dispatched rows, p ranks.
 """
 
@@ -140,8 +140,9 @@ def _permute_bwd_kernel(
     tl.store(out, total.to(grad_x_ptr.dtype.element_ty), mask=token[:, None] & (d < D)[None, :])
 
 
-# Blocks: 256 pairs in the sort, whose 256 * 256 comparisons are cheap beside its launches; 1,024 values of a token in 4 warps,
-# 16 bytes a thread and k in bfloat16; 8 KiB of pairs where these are independent, 64 bytes a thread. Not tuned: no GPU was at hand.
+# Blocks: 256 pairs in the sort, whose 256 * 256 comparisons are cheap beside its launches (against 16 at a time: 32 spill on
+# Triton 3.9); 1,024 values of a token in 4 warps, 16 bytes a thread and k in bfloat16; 8 KiB of pairs where these are
+# independent, 64 bytes a thread. Not tuned: no GPU was at hand.
 SORT_BLOCK = 256
 COUNT_BLOCK = 1024
 
@@ -187,7 +188,7 @@ def sort_forward(ids_TK: Tensor, num_experts: int, tile: int) -> tuple[Tensor, T
         table[:, blocks] = counts_E.neg().remainder(tile)
     ends = table.view(-1).cumsum(0)
     _place_kernel[(blocks,)](
-        ids_TK, ends, order_R, inverse_TK, pairs, num_experts, columns, BLOCK=SORT_BLOCK, STEP=32, num_warps=4
+        ids_TK, ends, order_R, inverse_TK, pairs, num_experts, columns, BLOCK=SORT_BLOCK, STEP=16, num_warps=4
     )
     return order_R, inverse_TK, counts_E
 
