@@ -11,12 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.router_topk import selection_scores
+from kernels.router_topk import (
+    FIXED_POINT,
+    LOW_BIN,  # noqa: F401 (moe.balance.quantile reads it here, and the next two)
+    OCTAVES,  # noqa: F401
+    RESPONSE_BINS,  # noqa: F401
+    count_bins,
+    response_histogram,
+    selection_scores,
+)
 from moe.balance.losses import token_shares
 
-FIXED_POINT = 2.0**32  # dual_sum and prob_sum count in units of 2**-32
-LOW_BIN, OCTAVES = -20, 21  # |r| from 1e-6 to 2, two bins an octave
-RESPONSE_BINS = 2 * (2 * OCTAVES + 1)
 QUANTILE_BINS = 1000
 NEED_PLACES = frozenset({"response_histogram", "quantile_histogram", "bip_histogram"})
 
@@ -89,21 +94,6 @@ def _fixed_point(values: Tensor, mask_T: Tensor | None) -> Tensor:
     return torch.where(mask_T.view(-1, *[1] * (fixed.dim() - 1)), fixed, 0)
 
 
-def response_histogram(
-    biased_TE: Tensor, topk_ids_TK: Tensor, places_TK1: Tensor, token_mask_T: Tensor | None
-) -> Tensor:
-    """Histogram [E, B] int64 of the load response. places_TK1: the K + 1 largest of biased_TE. The bin is read off the
-    exponent and the first bit of the mantissa; the side is the choice itself, so that a tie at the boundary counts where it
-    was routed."""
-    top_k, half = topk_ids_TK.shape[-1], RESPONSE_BINS // 2
-    size_TE = (places_TK1[:, top_k - 1 : top_k] - biased_TE).abs_()
-    size_TE.scatter_(-1, topk_ids_TK, (biased_TE.gather(-1, topk_ids_TK) - places_TK1[:, top_k:]).abs_())
-    bin_TE = (size_TE.view(torch.int32) >> 22).sub_(((LOW_BIN + 127) << 1) - 1).clamp_(0, half - 1)
-    chosen_TK = half + bin_TE.gather(-1, topk_ids_TK)
-    bin_TE.neg_().add_(half - 1).scatter_(-1, topk_ids_TK, chosen_TK)
-    return _count(bin_TE, RESPONSE_BINS, token_mask_T)
-
-
 def quantile_histogram(biased_TE: Tensor, bias_E: Tensor, alpha_T1: Tensor, token_mask_T: Tensor | None) -> Tensor:
     """Histogram [E, B] int64 of alpha_i - s_ik, alpha_i the (K + 1)-th largest of s_i + b, on [min b - 1, max b + 1].
 
@@ -112,20 +102,7 @@ def quantile_histogram(biased_TE: Tensor, bias_E: Tensor, alpha_T1: Tensor, toke
     low, high = bias_E.min() - 1, bias_E.max() + 1
     place_TE = (alpha_T1 - (biased_TE - bias_E) - low) * (QUANTILE_BINS / (high - low))
     place_TE = place_TE.nan_to_num_(0.0).clamp_(0, QUANTILE_BINS - 1)  # NaN scores: the step is skipped, not crashed
-    return _count(place_TE.int(), QUANTILE_BINS, token_mask_T)
-
-
-def _count(bin_TE: Tensor, bins: int, mask_T: Tensor | None) -> Tensor:
-    experts = bin_TE.shape[-1]
-    flat = bin_TE.add_(bins * torch.arange(experts, dtype=torch.int32, device=bin_TE.device))
-    if mask_T is not None:
-        flat.masked_fill_(~mask_T[:, None], experts * bins)
-    if flat.device.type == "cpu":
-        counts = torch.bincount(flat.reshape(-1), minlength=experts * bins + 1)
-    else:  # where bincount waits for the device
-        counts = torch.zeros(experts * bins + 1, dtype=torch.int64, device=flat.device)
-        counts.scatter_add_(0, flat.reshape(-1).long(), counts.new_ones(1).expand(flat.numel()))
-    return counts[: experts * bins].view(experts, bins)
+    return count_bins(place_TE.int(), QUANTILE_BINS, token_mask_T)
 
 
 def _fields(stats: RouterStats) -> dict[str, Tensor]:

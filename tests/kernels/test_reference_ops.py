@@ -10,8 +10,18 @@ import torch
 import kernels.router_topk as router_topk_module
 from kernels.combine import combine
 from kernels.grouped_gemm import grouped_gemm, grouped_gemm_reference
-from kernels.permute import count_tokens, permute, sort_by_expert
-from kernels.router_topk import combine_weights, router_topk, selection_scores, sorted_topk, topk_lowest_index
+from kernels.permute import count_tokens, padded_ends, permute, regroup, sort_by_expert
+from kernels.router_topk import (
+    STATISTICS,
+    combine_weights,
+    route,
+    router_topk,
+    selection_scores,
+    sorted_topk,
+    topk_lowest_index,
+)
+from moe.balance.losses import SMALLEST_SUM
+from moe.balance.stats import collect
 from moe.config import ModelSection
 
 SCORE_FUNCTIONS = get_args(ModelSection.model_fields["score_function"].annotation)  # every one that can be configured
@@ -124,6 +134,46 @@ def test_combine_weights_of_no_expert_are_zero_and_the_rest_sum_to_one():
     assert float(weights[2].sum()) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("groups", [(1, 1), (4, 2)])
+@pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
+def test_route_is_router_topk_and_what_the_balancers_collect(score_function, groups, masked):
+    bias, mask = rand(16, seed=1) * 0.1, torch.arange(50) % 3 != 1 if masked else None
+    for logits in (rand(50, 16), rand(50, 16).bfloat16()):
+        ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+        found = route(ours, bias, 3, score_function, True, 2.5, mask, *groups, frozenset(STATISTICS), 0.02)
+        expected = router_topk(theirs, bias, 3, score_function, True, 2.5, mask, *groups)
+        assert torch.equal(found.topk_weights_TK, expected.topk_weights_TK)
+        assert found.topk_ids_TK.dtype == torch.int32
+        assert torch.equal(found.topk_ids_TK.long(), expected.topk_ids_TK)
+        for weights in (found.topk_weights_TK, expected.topk_weights_TK):
+            weights.square().sum().backward()
+        assert torch.equal(ours.grad, theirs.grad)
+
+        ids, scores = expected.topk_ids_TK, expected.scores_TE.detach()
+        needs = frozenset({"dual_sum", "prob_sum", "response_histogram"})
+        stats = collect(needs, scores, bias, ids, count_tokens(ids, 16), mask, *groups)
+        assert torch.equal(found.tokens_per_expert_E, stats.tokens_per_expert)
+        assert torch.equal(found.response_histogram_EB, stats.response_histogram)
+        # Theirs are sums in float32, in the order of the machine.
+        assert torch.allclose(found.dual_sum.double(), stats.dual_sum.double(), rtol=1e-7, atol=0)
+        assert torch.allclose(found.prob_sum_E.double(), stats.prob_sum.double(), rtol=1e-7, atol=0)
+
+        ordered = selection_scores(scores, bias, *groups).sort(-1, descending=True)
+        near = ordered.values[:, 2] - ordered.values[:, 3] <= 0.02
+        near = near if mask is None else near & mask
+        counted = torch.bincount(ordered.indices[near, 2:4].flatten(), minlength=16)
+        assert 0 < near.sum() < 50 and torch.equal(found.boundary_count_E, counted)
+
+
+def test_route_counts_nothing_that_is_not_asked_for_and_shares_its_constant():
+    found = route(rand(4, 8), torch.zeros(8), 2, "sigmoid")
+    assert found[3:] == (None,) * 4 and int(found.tokens_per_expert_E.sum()) == 8
+    assert router_topk_module.SMALLEST_SUM == SMALLEST_SUM
+    with pytest.raises(ValueError, match="top_k = 9 is not within 1 and the 8 experts in reach"):
+        route(rand(4, 8), torch.zeros(8), 9, "sigmoid")
+
+
 def test_p11_masked_tokens_get_no_expert():
     mask = torch.tensor([True, False, True, True])
     out = router_topk(rand(4, 8), torch.zeros(8), 2, "sigmoid", token_mask_T=mask)
@@ -162,6 +212,77 @@ def test_permute_and_combine_against_a_loop_with_gradients(masked):
     gx, gw = torch.autograd.grad(expected, [x, w], upstream)
     assert torch.allclose(out, expected, atol=1e-6)
     assert torch.allclose(x.grad, gx, atol=1e-6) and torch.allclose(w.grad, gw.float(), atol=1e-5)
+
+
+def test_int32_ids_are_sorted_and_counted_like_int64():
+    ids, p = ids_with_holes()
+    q = sort_by_expert(ids.int(), 5, masked=True)
+    assert all(torch.equal(a, b) and b.dtype == torch.int64 for a, b in zip(p[:3], q[:3], strict=True))
+    assert torch.equal(count_tokens(ids.int(), 5), p.counts_E)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("tile", [2, 16])
+def test_tiles_only_move_the_rows_apart_and_what_lies_between_is_zero(tile, masked):
+    ids = torch.stack([torch.randperm(7, generator=torch.Generator().manual_seed(t))[:3] for t in range(11)])
+    if masked:
+        ids[::3] = -1
+    close, p = sort_by_expert(ids, 7, masked), sort_by_expert(ids, 7, masked, tile)
+    real = p.order_R >= 0
+    assert torch.equal(p.order_R[real], close.order_R) and torch.equal(p.counts_E, close.counts_E)
+    assert len(p.order_R) == (33 + 7 * (tile - 1)) // tile * tile and p.padded and not close.padded
+    assert torch.equal(p.order_R[p.inverse_TK[ids >= 0]], (ids >= 0).flatten().nonzero()[:, 0])
+    ends = padded_ends(p.counts_E, tile)
+    assert (ends % tile == 0).all() and torch.equal(padded_ends(p.counts_E, 1), p.counts_E.cumsum(0))
+    experts_R = torch.bucketize(torch.arange(len(real)), ends, right=True)
+    assert torch.equal(experts_R[real], ids.flatten()[close.order_R])
+    starts = ends - ends.diff(prepend=ends.new_zeros(1))
+    assert real[starts[p.counts_E > 0]].all()  # rows first, then what is left of the tile
+
+    x, w = rand(11, 6).requires_grad_(), rand(11, 3, seed=1).requires_grad_()
+    rows = permute(x, p)
+    rows.retain_grad()
+    out = combine(rows, w, p)
+    found = torch.autograd.grad(out, [x, w, rows], rand(11, 6, seed=2))
+    assert (rows[~real] == 0).all() and (found[2][~real] == 0).all()
+    plain = combine(permute(x, close), w, close)
+    assert torch.equal(out, plain)
+    expected = torch.autograd.grad(plain, [x, w], rand(11, 6, seed=2))
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("counts", [[[3, 0, 2], [1, 4, 0]], [[0, 0], [0, 0]], [[5]], [[0, 7, 0, 1], [2, 0, 0, 0]]])
+def test_regroup_is_the_sort_of_the_rows_local_experts(counts):
+    counts_pe = torch.tensor(counts)
+    ranks, local = counts_pe.shape
+    expert_of_row = torch.arange(local).repeat(ranks).repeat_interleave(counts_pe.view(-1))
+    expected = sort_by_expert(expert_of_row[:, None], local)
+    found = regroup(counts_pe, int(counts_pe.sum()))
+    assert all(torch.equal(a, b) for a, b in zip(found[:3], expected[:3], strict=True))
+
+
+def test_p32_permute_refuses_what_does_not_fit():
+    ids, p = ids_with_holes()
+    with pytest.raises(ValueError, match=r"topk_ids is torch.float32: give int32 or int64"):
+        sort_by_expert(ids.float(), 5)
+    with pytest.raises(ValueError, match=r"topk_ids is torch.int16: give int32 or int64"):
+        count_tokens(ids.short(), 5)
+    with pytest.raises(ValueError, match="num_experts = 0: give at least 1"):
+        count_tokens(ids, 0)
+    with pytest.raises(ValueError, match=r"topk_ids_TK is \(4, 6\): give \[T, K\] with 1 <= K <= 5 experts"):
+        sort_by_expert(torch.zeros(4, 6, dtype=torch.int64), 5)
+    with pytest.raises(ValueError, match=r"topk_ids_TK is \(4,\)"):
+        sort_by_expert(ids[:, 0], 5)
+    with pytest.raises(ValueError, match="tile = 0: give at least 1"):
+        sort_by_expert(ids, 5, tile=0)
+    with pytest.raises(ValueError, match=r"x_TD is \(3, 6\): give \[T, D\] with T = 4"):
+        permute(rand(3, 6), p)
+    with pytest.raises(ValueError, match="x_TD is on meta: give it on cpu"):
+        permute(rand(4, 6).to("meta"), p)
+    with pytest.raises(ValueError, match=r"counts_pe is torch.int64 \(3,\), rows = 6"):
+        regroup(torch.tensor([1, 2, 3]), 6)
+    with pytest.raises(ValueError, match=r"rows_RD is \(7, 6\): give \[R, D\] with R = 6"):
+        combine(rand(7, 6), rand(4, 2), p)
 
 
 def test_combine_of_bfloat16_rows_is_summed_in_float32_and_rounded_once():
