@@ -16,7 +16,8 @@ from kernels.combine import combine, combine_reference
 from kernels.grouped_gemm import grouped_gemm, grouped_gemm_reference
 from kernels.moe_mlp import moe_mlp, moe_mlp_reference
 from kernels.permute import Permutation, permute, permute_reference, sort_by_expert
-from kernels.router_topk import route, route_reference, selection_scores
+from kernels.route import route, route_reference
+from kernels.router_topk import selection_scores
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 """Of ||found - exact|| / ||exact||; no single value is off by more than 20 times that of the largest. bfloat16: one rounding

@@ -18,11 +18,8 @@ import torch
 from torch import Tensor
 
 from kernels.permute import count_tokens
-from kernels.router_topk import topk_lowest_index
+from kernels.router_topk import SMALLEST_SUM, topk_lowest_index
 from moe.config import BalanceSection
-
-# Gradients grow with 1 / sum_j s_ij. Times E f_k they must stay finite in float32, for sigmoid scores that all underflow.
-SMALLEST_SUM = 1e-20
 
 
 def token_shares(scores_TE: Tensor, token_mask_T: Tensor | None) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from kernels.cases import MODELS, Shape
 from kernels.combine import combine_backward, combine_forward
 from kernels.permute import count_tokens_forward, permute_backward, permute_forward, sort_forward
-from kernels.router_topk import RESPONSE_BINS, route_backward, route_forward
+from kernels.route import route_backward, route_forward
+from kernels.router_topk import RESPONSE_BINS
 from tests.kernels.compiled.lane import SHARED_LIMIT, Build, Recorder
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

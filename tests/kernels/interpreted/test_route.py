@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels.router_topk as router_module
-from kernels.router_topk import RESPONSE_BINS, STATISTICS, Routed, route, route_reference, router_scores
+import kernels.route as router_module
+from kernels import backend
+from kernels.route import STATISTICS, Routed, route, route_reference
+from kernels.router_topk import RESPONSE_BINS, router_scores
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN and of overflow
 ALL = frozenset(STATISTICS)
@@ -26,7 +28,7 @@ def logits_and_bias(
 def torch_path(monkeypatch, scores_TE: Tensor | None, *args: Any, **kwargs: Any) -> Routed:
     """`route` as on a CPU without the interpreter, on the scores given if there are any."""
     with monkeypatch.context() as patched:
-        patched.setattr(router_module, "INTERPRETED", False)
+        patched.setattr(backend, "INTERPRETED", False)
         if scores_TE is not None:
             patched.setattr(router_module, "router_scores", lambda logits_TE, score_function: scores_TE)
         return route(*args, **kwargs)
