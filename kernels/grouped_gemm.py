@@ -5,7 +5,8 @@
     grad weight_eND[i] = sum over the rows r of group i of grad out_RN[r] (x) rows_RD[r]       exact zeros without rows
 
 rows_RD, weight_eND and out_RN bfloat16, float16 (sums in float32) or float32 (IEEE, no TF32); tokens_per_expert_e int64 on the
-device of the rows and never read by the host; the matrix of one expert has fewer than 2**31 values. float64 has the reference only. Saved for backward: rows, weights, sizes.
+device of the rows and never read by the host; the matrix of one expert has fewer than 2**31 values. float64 has the
+reference only. Saved for backward: rows, weights, sizes.
 Triton writes zeros into rows past the last group; F.grouped_mm leaves them uninitialised (pytorch#193633).
 
 Tiles: a group of c rows has cdiv(c, BM) row tiles, so all have at most cdiv(R, BM) + e, which the host knows. Every program

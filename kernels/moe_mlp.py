@@ -213,14 +213,11 @@ def exact(rows_RD: Tensor) -> Tensor:
     return rows_RD.float() if knobs.runtime.interpret else rows_RD
 
 
-# Registered as operators: a compiled model keeps them without a graph break.
-
-
-@torch.library.custom_op("alf_moe::moe_mlp", mutates_args=())
-def _forward(
+def moe_mlp_forward(
     x_TD: Tensor, topk_weights_TK: Tensor, order_R: Tensor, inverse_TK: Tensor, counts_e: Tensor, w13_e2FD: Tensor,
     w2_eDF: Tensor, save: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launch the forward kernels: out_TD, and gu_R2F if save (else no rows). Contiguous tensors."""
     blocks = gemm_blocks(x_TD.dtype, len(order_R), len(counts_e))
     tiles = row_tiles(counts_e, len(order_R), blocks.rows)
     h_RF, gu_R2F = up_forward(x_TD, order_R, w13_e2FD, tiles, swiglu_blocks(blocks), inverse_TK.shape[1], save)
@@ -228,11 +225,11 @@ def _forward(
     return combine_forward(exact(rows_RD), topk_weights_TK, inverse_TK).to(x_TD.dtype), gu_R2F
 
 
-@torch.library.custom_op("alf_moe::moe_mlp_backward", mutates_args=())
-def _backward(
+def moe_mlp_backward(
     grad_TD: Tensor, x_TD: Tensor, topk_weights_TK: Tensor, order_R: Tensor, inverse_TK: Tensor, counts_e: Tensor,
     w13_e2FD: Tensor, w2_eDF: Tensor, gu_R2F: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Launch the backward kernels: the gradients of x, topk_weights, w13 and w2. Contiguous tensors."""
     top_k = inverse_TK.shape[1]
     blocks = gemm_blocks(x_TD.dtype, len(order_R), len(counts_e))
     tiles = row_tiles(counts_e, len(order_R), blocks.rows)
@@ -244,6 +241,11 @@ def _backward(
     grad_rows_RD = grouped_forward(grad_gu_R2F, w13_e2FD.transpose(1, 2), tiles, blocks)
     grad_x_TD = permute_backward(exact(grad_rows_RD), inverse_TK).to(x_TD.dtype)
     return grad_x_TD, grad_weights_TK, grad_w13_e2FD, grad_w2_eDF
+
+
+# Registered as operators: a compiled model keeps them without a graph break.
+_forward = torch.library.custom_op("alf_moe::moe_mlp", moe_mlp_forward, mutates_args=())
+_backward = torch.library.custom_op("alf_moe::moe_mlp_backward", moe_mlp_backward, mutates_args=())
 
 
 @_forward.register_fake

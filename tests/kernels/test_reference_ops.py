@@ -6,10 +6,12 @@ from typing import get_args
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import kernels.router_topk as router_topk_module
 from kernels.combine import combine
 from kernels.grouped_gemm import grouped_gemm, grouped_gemm_reference
+from kernels.moe_mlp import moe_mlp, moe_mlp_reference, saved_bytes_per_token
 from kernels.permute import count_tokens, padded_ends, permute, regroup, sort_by_expert
 from kernels.route import STATISTICS, route
 from kernels.router_topk import (
@@ -307,3 +309,83 @@ def test_p18_grouped_gemm_with_empty_groups(counts, dtype):
     assert torch.allclose(out, expected, **close)
     assert torch.allclose(x.grad, x2.grad, **close) and torch.allclose(w.grad, w2.grad, **close)
     assert w.grad is not None and (w.grad[tokens == 0] == 0).all()
+
+
+def test_grouped_gemm_reference_writes_zeros_past_the_last_group():
+    out = grouped_gemm_reference(torch.ones(5, 4), torch.ones(2, 3, 4), torch.tensor([1, 2]))
+    assert out.tolist() == [[4.0] * 3] * 3 + [[0.0] * 3] * 2
+
+
+def test_grouped_gemm_does_not_take_cpu_tensors_to_triton():
+    with pytest.raises(ValueError, match="cannot take rows_RD on cpu"):
+        grouped_gemm(torch.ones(5, 8), torch.ones(2, 8, 8), torch.tensor([1, 4]), backend="triton")
+
+
+def moe_mlp_arguments(dtype=torch.float32, masked=False):
+    """T = 40, D = 24, F = 16, e = 6, K = 2."""
+    ids = topk_lowest_index(rand(40, 6), 2)
+    if masked:
+        ids[::3] = -1
+    x, weights = rand(40, 24, seed=1, dtype=dtype), rand(40, 2, seed=2).sigmoid()
+    w13, w2 = rand(6, 32, 24, seed=3, dtype=dtype) * 0.2, rand(6, 24, 16, seed=4, dtype=dtype) * 0.2
+    return x, weights, sort_by_expert(ids, 6, masked), w13, w2
+
+
+def moe_mlp_run(fn, arguments):
+    leaves = [a.detach().clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
+    out = fn(*leaves)
+    upstream = rand(*out.shape, seed=5).to(out.dtype)
+    return out, *torch.autograd.grad(out, [a for a in leaves if isinstance(a, torch.Tensor)], upstream)
+
+
+def moe_mlp_composed(x, weights, p, w13, w2):
+    gate, up = grouped_gemm(permute(x, p), w13, p.counts_E).chunk(2, dim=-1)
+    return combine(grouped_gemm(F.silu(gate) * up, w2, p.counts_E), weights, p)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_moe_mlp_is_the_layer_s_composition_to_the_bit(dtype):
+    arguments = moe_mlp_arguments(dtype)
+    for found, expected in zip(*(moe_mlp_run(fn, arguments) for fn in (moe_mlp, moe_mlp_composed)), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_moe_mlp_equals_its_reference_with_gradients(masked):
+    arguments = moe_mlp_arguments(masked=masked)
+    doubled = tuple(a.double() if isinstance(a, torch.Tensor) else a for a in arguments)
+    for found, exact in zip(moe_mlp_run(moe_mlp, arguments), moe_mlp_run(moe_mlp_reference, doubled), strict=True):
+        assert torch.allclose(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_moe_mlp_reference_is_a_loop_over_tokens():
+    x, weights, p, w13, w2 = moe_mlp_arguments(torch.float64, masked=True)
+    expected = torch.zeros_like(x)
+    ends = p.counts_E.cumsum(0)
+    for (token, k), row in ((divmod(i, 2), int(row)) for i, row in enumerate(p.inverse_TK.flatten()) if row >= 0):
+        expert = int((ends <= row).sum())
+        gate, up = (w13[expert] @ x[token]).chunk(2)
+        expected[token] += weights[token, k] * (w2[expert] @ (gate * gate.sigmoid() * up))
+    assert torch.allclose(moe_mlp_reference(x, weights, p, w13, w2), expected, atol=1e-12)
+
+
+def test_what_autograd_saves_of_the_composition_is_what_the_table_says():
+    x, weights, p, w13, w2 = moe_mlp_arguments(torch.bfloat16)
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        moe_mlp(x.requires_grad_(), weights.requires_grad_(), p, w13.requires_grad_(), w2.requires_grad_())
+    parameters = sum(saved.pop(w.untyped_storage().data_ptr()) for w in (w13, w2))
+    offsets = 2 * 6 * 4  # int32, one for each of the two products
+    table = saved_bytes_per_token(24, 16, 2)
+    assert sum(saved.values()) - offsets == 40 * table["torch"] and parameters > 0
+    assert table == {"moe_mlp": 216, "torch": 488, "permute": 424}
+
+
+def test_saved_bytes_of_a_large_layer():
+    table = saved_bytes_per_token(2048, 1408, 6)  # DeepSeek-V2-Lite's routed experts, in KB a token
+    assert {name: value // 1000 for name, value in table.items()} == {"moe_mlp": 38, "torch": 116, "permute": 99}

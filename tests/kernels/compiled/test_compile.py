@@ -9,6 +9,15 @@ import torch
 
 from kernels.cases import MODELS, Shape
 from kernels.combine import combine_backward, combine_forward
+from kernels.grouped_gemm import (
+    _grouped_dw_kernel,
+    _grouped_fwd_kernel,
+    gemm_blocks,
+    grouped_forward,
+    grouped_weight_gradient,
+    row_tiles,
+)
+from kernels.moe_mlp import _moe_mlp_down_bwd_kernel, _moe_mlp_up_kernel, moe_mlp_backward, moe_mlp_forward
 from kernels.permute import count_tokens_forward, permute_backward, permute_forward, sort_forward
 from kernels.route import route_backward, route_forward
 from kernels.router_topk import RESPONSE_BINS
@@ -52,7 +61,38 @@ def launch_route(s: Shape, dtype: torch.dtype) -> None:
         route_backward(grad, logits, ids, score, True, 2.5)
 
 
-LAUNCHES = {"route": launch_route, "permute": launch_permute, "combine": launch_combine}
+SMALL_FLOAT32 = Shape(512, 256, 128, 8, 2)
+"""The one shape of the products in float32, which tests use and training does not."""
+
+
+def launch_grouped_gemm(s: Shape, dtype: torch.dtype) -> None:
+    s = SMALL_FLOAT32 if dtype == torch.float32 else s
+    rows, weight = meta(s.T * s.K, s.D, dtype=dtype), meta(s.E, 2 * s.F, s.D, dtype=dtype)
+    blocks = gemm_blocks(dtype, s.T * s.K, s.E)
+    tiles = row_tiles(meta(s.E, dtype=torch.int64), s.T * s.K, blocks.rows)
+    out = grouped_forward(rows, weight, tiles, blocks)
+    grouped_forward(out, weight.transpose(1, 2), tiles, blocks)
+    grouped_weight_gradient(out, rows, tiles.row_ends_e)
+
+
+def launch_moe_mlp(s: Shape, dtype: torch.dtype) -> None:
+    s = SMALL_FLOAT32 if dtype == torch.float32 else s
+    x, weights = meta(s.T, s.D, dtype=dtype), meta(s.T, s.K, dtype=torch.float32)
+    order, inverse = meta(s.T * s.K, dtype=torch.int64), meta(s.T, s.K, dtype=torch.int64)
+    experts = meta(s.E, 2 * s.F, s.D, dtype=dtype), meta(s.E, s.D, s.F, dtype=dtype)
+    arguments = (x, weights, order, inverse, meta(s.E, dtype=torch.int64), *experts)
+    out, gu = moe_mlp_forward(*arguments, save=True)
+    moe_mlp_backward(out, *arguments, gu)
+    moe_mlp_forward(*arguments, save=False)
+
+
+LAUNCHES = {
+    "route": launch_route,
+    "permute": launch_permute,
+    "combine": launch_combine,
+    "grouped_gemm": launch_grouped_gemm,
+    "moe_mlp": launch_moe_mlp,
+}
 
 
 def builds_of(op: str, capability: int) -> dict[str, list[Build]]:
@@ -84,3 +124,27 @@ def test_rows_are_addressed_in_64_bits(op: str):
     for setting, builds in builds_of(op, 90).items():
         for build in builds:
             assert not re.search(r"(mul|mad)\.lo\.[su]32", build.ptx), (setting, build.kernel)
+
+
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+PRODUCTS = {
+    k.__name__: k for k in (_grouped_fwd_kernel, _grouped_dw_kernel, _moe_mlp_up_kernel, _moe_mlp_down_bwd_kernel)
+}
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+def test_products_run_on_tensor_cores_and_copy_asynchronously(capability: int):
+    for kernel in PRODUCTS.values():
+        kernel.device_caches.clear()  # by device alone: what an earlier test compiled would serve for every capability
+    found = builds_of("moe_mlp", capability)
+    builds = [(s, b) for s, some in found.items() for b in some if s.endswith("bf16") and b.kernel in PRODUCTS]
+    assert {build.kernel for _, build in builds} == set(PRODUCTS)
+    for setting, build in builds:
+        where = (setting, build.kernel)
+        print(f"sm_{capability} {setting} {build.kernel}: {build.registers} registers, {build.shared} B shared")
+        assert f".target sm_{capability}" in build.ptx and TENSOR_CORES[capability] in build.ptx, where
+        assert build.spilled == 0 and build.shared <= SHARED_LIMIT[capability], where
+        # Both operands, gathered or not, go to shared memory 16 bytes at a time; only the epilogue loads as wide itself.
+        assert len(re.findall(r"cp\.async\.cg\.shared\.global.*0x10", build.ptx)) >= 8, where
+        synchronous = len(re.findall(r"ld\.global\S*\.v4", build.ptx))
+        assert synchronous == (8 if build.kernel == "_moe_mlp_down_bwd_kernel" else 0), where
