@@ -68,7 +68,7 @@ def collect(
     if not needs:
         return stats
     biased_TE = selection_scores(scores_TE, bias_E, num_groups, group_top_k)
-    ids_TK = topk_ids_TK.clamp_min(0)
+    ids_TK = topk_ids_TK.clamp_min(0).long()
     fields = {}
     if "dual_sum" in needs:
         fields["dual_sum"] = _fixed_point(biased_TE.gather(-1, ids_TK).sum(-1), token_mask_T).sum()

@@ -1,18 +1,19 @@
-"""Dispatch and combine: rows to the experts and back, on one rank or over the expert-parallel group.
+"""Dispatch and combine: rows to the experts and back over the expert-parallel group. On one rank there is nothing to send:
+`kernels.moe_mlp`.
 
 Letters: T tokens, D model dim, E experts, e local experts, K experts per token, R dispatched rows.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from kernels.combine import combine
-from kernels.permute import Permutation, permute, sort_by_expert
+from kernels.permute import Permutation, permute, regroup, sort_by_expert
 from moe.model.router import Routing
 from moe.parallel import all_to_all_rows
 
@@ -23,36 +24,9 @@ class Plan(NamedTuple):
     permutation: Permutation
     topk_weights_TK: Tensor
     tokens_per_local_expert_e: Tensor
-    local: Permutation | None
+    local: Permutation
     send_splits: list[int]
     receive_splits: list[int]
-
-
-class Dispatcher(Protocol):
-    """What a layer needs of a dispatcher; local and all-to-all obey one conformance test."""
-
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Plan]:
-        """rows_RD sorted by local expert, and the plan that brings them back."""
-        ...
-
-    def combine(self, rows_RD: Tensor, plan: Plan) -> Tensor:
-        """out_TD = sum_k topk_weights * row: the weights are applied here, once."""
-        ...
-
-
-class LocalDispatcher:
-    """All experts on this rank."""
-
-    def __init__(self, num_experts: int):
-        self.num_experts = num_experts
-
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Plan]:
-        permutation = sort_by_expert(routing.topk_ids_TK, self.num_experts, routing.masked)
-        plan = Plan(permutation, routing.topk_weights_TK, permutation.counts_E, None, [], [])
-        return permute(x_TD, permutation), plan
-
-    def combine(self, rows_RD: Tensor, plan: Plan) -> Tensor:
-        return combine(rows_RD, plan.topk_weights_TK, plan.permutation)
 
 
 class AllToAllDispatcher:
@@ -68,16 +42,13 @@ class AllToAllDispatcher:
         receive_pe = torch.empty_like(send_pe)  # rows by (source rank, my local expert)
         dist.all_to_all_single(receive_pe, send_pe, group=self.group)
         send_splits, receive_splits = torch.stack([send_pe.sum(1), receive_pe.sum(1)]).tolist()  # sync: uneven splits
-        rows_RD = all_to_all_rows(permute(x_TD, permutation), receive_splits, send_splits, self.group)
-
-        local_experts = torch.arange(self.num_experts // ep, device=x_TD.device).repeat(ep)
-        expert_of_row = local_experts.repeat_interleave(receive_pe.view(-1), output_size=sum(receive_splits))
-        local = sort_by_expert(expert_of_row[:, None], self.num_experts // ep)
+        rows_RD = permute(x_TD, permutation)[: sum(send_splits)]  # without the empty rows after those of masked tokens
+        rows_RD = all_to_all_rows(rows_RD, receive_splits, send_splits, self.group)
+        local = regroup(receive_pe, sum(receive_splits))
         plan = Plan(permutation, routing.topk_weights_TK, local.counts_E, local, send_splits, receive_splits)
         return permute(rows_RD, local), plan
 
     def combine(self, rows_RD: Tensor, plan: Plan) -> Tensor:
-        assert plan.local is not None, "a plan of the local dispatcher came to the all-to-all dispatcher"
         received = plan.local
         # The inverse of a permutation is a permutation: un-sorting is `permute` with the roles exchanged.
         undo = Permutation(received.inverse_TK[:, 0], received.order_R[:, None], received.counts_E, False)

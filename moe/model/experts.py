@@ -57,9 +57,13 @@ class Experts(nn.Module):
         local = full[:rows].clone()
         return nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)], run_check=False))
 
+    def weights(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """w13_e2FD and w2_eDF of this rank in the dtype of the activations."""
+        return cast(local_tensor(self.w13), like), cast(local_tensor(self.w2), like)
+
     def forward(self, rows_RD: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
         """rows_RD sorted by local expert -> rows_RD, same order."""
-        w13, w2 = (cast(local_tensor(weight), rows_RD) for weight in (self.w13, self.w2))
+        w13, w2 = self.weights(rows_RD)
         gate, up = grouped_gemm(rows_RD, w13, tokens_per_expert_e).chunk(2, dim=-1)
         return grouped_gemm(F.silu(gate) * up, w2, tokens_per_expert_e)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from kernels.moe_mlp import moe_mlp
+from kernels.permute import sort_by_expert
 from moe.balance.losses import RouterLosses
 from moe.balance.stats import RouterStats
 from moe.config import Config
-from moe.model.dispatch import AllToAllDispatcher, LocalDispatcher
+from moe.model.dispatch import AllToAllDispatcher
 from moe.model.experts import Experts, SwiGLU
 from moe.model.router import Router
 from moe.parallel import Ranks
@@ -24,19 +26,22 @@ class MoELayer(nn.Module):
         self.shared_experts = (
             SwiGLU(m.dim, m.num_shared_experts * m.expert_hidden_dim) if m.num_shared_experts else None
         )
-        if ranks.ep_group is not None:
-            self.dispatcher = AllToAllDispatcher(m.num_experts, ranks.ep_group)
-        else:
-            self.dispatcher = LocalDispatcher(m.num_experts)
+        # None: every expert is on this rank.
+        self.dispatcher = AllToAllDispatcher(m.num_experts, ranks.ep_group) if ranks.ep_group is not None else None
+        self.num_experts = m.num_experts
 
     def forward(
         self, x_TD: Tensor, token_mask_T: Tensor | None = None, token_ids_T: Tensor | None = None
     ) -> tuple[Tensor, RouterStats, RouterLosses]:
         """x_TD -> out_TD, same dtype, with the statistics and losses of this batch; padding gets shared experts only."""
         routing = self.router(x_TD, token_mask_T, token_ids_T)
-        rows_RD, plan = self.dispatcher.dispatch(x_TD, routing)
-        rows_RD = self.experts(rows_RD, plan.tokens_per_local_expert_e)
-        out_TD = self.dispatcher.combine(rows_RD, plan)
+        if self.dispatcher is None:
+            permutation = sort_by_expert(routing.topk_ids_TK, self.num_experts, routing.masked)
+            out_TD = moe_mlp(x_TD, routing.topk_weights_TK, permutation, *self.experts.weights(x_TD))
+        else:
+            rows_RD, plan = self.dispatcher.dispatch(x_TD, routing)
+            rows_RD = self.experts(rows_RD, plan.tokens_per_local_expert_e)
+            out_TD = self.dispatcher.combine(rows_RD, plan)
         if self.shared_experts is not None:
             out_TD = out_TD + self.shared_experts(x_TD)
         return out_TD, routing.stats, routing.losses

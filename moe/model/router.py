@@ -5,23 +5,28 @@ Letters: T tokens, D model dim, E experts, K experts per token.
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.backend import fused
 from kernels.permute import count_tokens
-from kernels.router_topk import TopK, combine_weights, router_scores, router_topk
+from kernels.route import route
+from kernels.router_topk import combine_weights, router_scores, router_topk
 from moe.balance import BALANCERS
 from moe.balance.assignment import ROUTES, RouterBatch, assign
 from moe.balance.losses import RouterLosses, router_losses
 from moe.balance.stats import NEED_PLACES, RouterStats, collect
 from moe.config import Config
 
+IN_ONE_PASS = frozenset({"dual_sum", "prob_sum", "response_histogram"})  # statistics that `route` takes
+
 
 class Routing(NamedTuple):
-    """topk_weights_TK float32; topk_ids_TK int64, -1 for no expert; scores_TE float32, detached; the batch's detached
+    """topk_weights_TK float32; topk_ids_TK integer, -1 for no expert; scores_TE float32, detached; the batch's detached
     statistics and its losses.
 
     masked: some ids may be -1.
@@ -70,38 +75,63 @@ class Router(nn.Module):
         m = self.model
         logits_TE = F.linear(x_TD.float(), self.weight)
         needs = self.needs if self.training else frozenset()
-        routed = self._route(logits_TE, token_mask_T, token_ids_T, places=bool(needs & NEED_PLACES))
-        topk_weights_TK, topk_ids_TK, scores_TE, places_TK1 = routed
-        counts_E = count_tokens(topk_ids_TK, m.num_experts)
-        detached_TE = scores_TE.detach()
-        groups = m.num_groups, m.group_top_k
-        stats = collect(
-            needs, detached_TE, self.expert_bias_E, topk_ids_TK, counts_E, token_mask_T, *groups, places_TK1
-        )
+        assigned = self.balance.method in ROUTES and (self.training or self.balance.method == "hash")
+        if fused(logits_TE) and not assigned:
+            weights_TK, ids_TK, scores_TE, stats = self._route_fused(logits_TE, token_mask_T, needs)
+        else:
+            weights_TK, ids_TK, scores_TE, stats = self._route(logits_TE, token_mask_T, token_ids_T, needs, assigned)
         losses = router_losses(
             self.balance,
             logits_TE,
             scores_TE,
-            topk_ids_TK,
-            counts_E,
+            ids_TK,
+            stats.tokens_per_expert,
             token_mask_T,
             self.weight,
             self.ema_share_E,
             self.seq_len,
             m.top_k,
         )
-        masked = token_mask_T is not None or topk_ids_TK.shape[-1] != m.top_k  # expert choice has K = E
-        return Routing(topk_weights_TK, topk_ids_TK, detached_TE, stats, losses, masked)
+        masked = token_mask_T is not None or ids_TK.shape[-1] != m.top_k  # expert choice has K = E
+        return Routing(weights_TK, ids_TK, scores_TE.detach(), stats, losses, masked)
 
-    def _route(self, logits_TE: Tensor, mask_T: Tensor | None, token_ids_T: Tensor | None, places: bool) -> TopK:
-        m, method = self.model, self.balance.method
-        if method in ROUTES and (self.training or method == "hash"):  # the others see the batch only in training
+    def _route(
+        self,
+        logits_TE: Tensor,
+        mask_T: Tensor | None,
+        token_ids_T: Tensor | None,
+        needs: AbstractSet[str],
+        assigned: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, RouterStats]:
+        m, places_TK1 = self.model, None
+        groups = m.num_groups, m.group_top_k
+        if assigned:  # by a method that sees the whole batch
             scores_TE = router_scores(logits_TE, m.score_function)
             batch = RouterBatch(logits_TE.detach(), scores_TE.detach(), token_ids_T, m.top_k, self.layer)
-            ids_TK = assign(method, batch, mask_T)
+            ids_TK = assign(self.balance.method, batch, mask_T)
             weights_TK = combine_weights(scores_TE, ids_TK, m.renormalize, m.routed_scaling_factor, masked=True)
-            return TopK(weights_TK, ids_TK, scores_TE)
-        return router_topk(
+        else:
+            weights_TK, ids_TK, scores_TE, places_TK1 = router_topk(
+                logits_TE,
+                self.expert_bias_E,
+                m.top_k,
+                m.score_function,
+                m.renormalize,
+                m.routed_scaling_factor,
+                mask_T,
+                *groups,
+                places=bool(needs & NEED_PLACES),
+            )
+        counts_E = count_tokens(ids_TK, m.num_experts)
+        stats = collect(needs, scores_TE.detach(), self.expert_bias_E, ids_TK, counts_E, mask_T, *groups, places_TK1)
+        return weights_TK, ids_TK, scores_TE, stats
+
+    def _route_fused(
+        self, logits_TE: Tensor, mask_T: Tensor | None, needs: AbstractSet[str]
+    ) -> tuple[Tensor, Tensor, Tensor, RouterStats]:
+        m = self.model
+        groups = m.num_groups, m.group_top_k
+        found = route(
             logits_TE,
             self.expert_bias_E,
             m.top_k,
@@ -109,7 +139,20 @@ class Router(nn.Module):
             m.renormalize,
             m.routed_scaling_factor,
             mask_T,
-            m.num_groups,
-            m.group_top_k,
-            places,
+            *groups,
+            needs & IN_ONE_PASS,
         )
+        scores_TE = router_scores(logits_TE, m.score_function)  # for the losses and for who watches
+        stats = collect(
+            needs - IN_ONE_PASS,
+            scores_TE.detach(),
+            self.expert_bias_E,
+            found.topk_ids_TK,
+            found.tokens_per_expert_E,
+            mask_T,
+            *groups,
+        )
+        stats = stats._replace(
+            dual_sum=found.dual_sum, prob_sum=found.prob_sum_E, response_histogram=found.response_histogram_EB
+        )
+        return found.topk_weights_TK, found.topk_ids_TK, scores_TE, stats
