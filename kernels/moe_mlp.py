@@ -143,7 +143,7 @@ def _moe_mlp_down_bwd_kernel(
     gate = tl.load(gu_ptr + first * 2 * F + at, mask=stored, other=0.0).to(tl.float32)
     up = tl.load(gu_ptr + first * 2 * F + F + at, mask=stored, other=0.0).to(tl.float32)
     weight = tl.load(weights_ptr + pair, mask=pair >= 0, other=0.0)
-    # What needs no grad_h comes first and takes the weight: then each is one product with grad_h (registers 255 to 180, sm_90).
+    # What needs no grad_h comes first and takes the weight: then each is one product with grad_h (255 to 180 registers, sm_90).
     dtype: tl.constexpr = wh_ptr.dtype.element_ty
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
