@@ -157,6 +157,8 @@ def test_the_table_chooses_by_device_and_dtype(monkeypatch):
         "torch",
         "torch",
     ]
+    fixed = torch.compile(lambda x: x + len(table_choice(0, "bfloat16")), fullgraph=True, backend="aot_eager")
+    assert fixed(torch.zeros(())) == len("triton")
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,13 @@ def _with(**fields: Tensor) -> dict[str, Permutation]:
         ({"x_TD": torch.zeros(36, 40)}, r"inverse_TK is \(37, 3\): give \[36, K\]"),
         ({"x_TD": torch.zeros(37, 41)}, r"w13_e2FD is \(7, 48, 40\) for x_TD \(37, 41\)"),
         ({"w13_e2FD": torch.zeros(7, 47, 40)}, r"w13_e2FD is \(7, 47, 40\)"),
+        (
+            {
+                "w13_e2FD": torch.zeros(1, 1, 1).expand(7, 2**26, 40),
+                "w2_eDF": torch.zeros(1, 1, 1).expand(7, 40, 2**25),
+            },
+            "fewer than 2\\*\\*31 values",
+        ),
         ({"w2_eDF": torch.zeros(7, 24, 40)}, r"w2_eDF is \(7, 24, 40\): give \(7, 40, 24\)"),
         ({"w13_e2FD": torch.zeros(2, 48, 40), "w2_eDF": torch.zeros(2, 40, 24)}, "K at most the 2 experts"),
         ({"w2_eDF": torch.zeros(7, 40, 24, dtype=torch.bfloat16)}, "w2_eDF is torch.bfloat16: give torch.float32"),
