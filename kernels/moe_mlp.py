@@ -144,7 +144,7 @@ def _moe_mlp_down_bwd_kernel(
     gate = tl.load(gu_ptr + first * 2 * F + at, mask=stored, other=0.0).to(tl.float32)
     up = tl.load(gu_ptr + first * 2 * F + F + at, mask=stored, other=0.0).to(tl.float32)
     weight = tl.load(weights_ptr + pair, mask=pair >= 0, other=0.0)
-    # What needs no grad_h comes first and takes the weight: then each is one product with grad_h (registers 255 to 180, sm_90).
+    # What needs no grad_h comes first and takes the weight: then each is one product with grad_h (255 to 180 registers, sm_90).
     dtype: tl.constexpr = wh_ptr.dtype.element_ty
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
@@ -193,7 +193,7 @@ def down_backward(
     """Launch the kernel behind w2: grad_gu_R2F, wh_RF and grad_topk_weights_TK. Contiguous tensors."""
     (experts, dim, hidden), rows = w2_eDF.shape, len(order_R)
     grad_gu_R2F, wh_RF = torch.empty_like(gu_R2F), gu_R2F.new_empty(rows, hidden)
-    columns = triton.cdiv(hidden, blocks.columns)
+    columns = -(-hidden // blocks.columns)
     # A part for every pair and column of tiles, zero for pairs without a row.
     partial_TKC = grad_TD.new_zeros(*topk_weights_TK.shape, columns, dtype=torch.float32)
     if wh_RF.numel() == 0:
@@ -282,6 +282,8 @@ def _check(x_TD: Tensor, topk_weights_TK: Tensor, permutation: Permutation, w13_
         raise ValueError(f"w13_e2FD is {w13} for x_TD {x}: give [experts, 2F, D] for x_TD [T, D]")
     if w2 != (w13[0], w13[2], w13[1] // 2):
         raise ValueError(f"w2_eDF is {w2}: give {(w13[0], w13[2], w13[1] // 2)}, as w13_e2FD is {w13}")
+    if w13[1] * w13[2] >= 2**31:
+        raise ValueError(f"w13_e2FD is {w13}: give fewer than 2**31 values an expert")
     pairs, weights = tuple(permutation.inverse_TK.shape), tuple(topk_weights_TK.shape)
     if len(pairs) != 2 or pairs[0] != x[0] or pairs[1] > w13[0]:
         raise ValueError(f"inverse_TK is {pairs}: give [{x[0]}, K] with K at most the {w13[0]} experts")
