@@ -143,7 +143,8 @@ def _load(layer: nn.Module, weights: dict[str, Tensor]) -> None:
 def arms(s: Shape, kind: torch.dtype) -> dict[str, Callable[[Tensor], Tensor]]:
     """Forward functions by name, x_TD -> out_TD."""
     ours = our_layer(s)
-    titan = torchtitan_layer(ours, s)
+    titan: Any = torchtitan_layer(ours, s)
+    titan.router.gate.register_forward_pre_hook(lambda _, given: (given[0].float(),))  # autocast to float32 is CUDA's
     found: dict[str, Callable[[Tensor], Tensor]] = {"ours": lambda x: ours(x)[0], "loop": Loop(ours, s.K)}
     for experts in ("eager", "grouped_mm"):
         theirs = transformers_layer(ours, s, experts, kind)

@@ -207,10 +207,9 @@ class Bare:
 
 def arms(dtype: str) -> dict[str, Callable[[], Any]]:
     """What competes, by name."""
-    found: dict[str, Callable[[], Any]] = {
-        "ours": lambda: Ours(dtype),
-        "ours, compiled": lambda: Ours(dtype, compiled=True),
-    }
+    found: dict[str, Callable[[], Any]] = {"ours": lambda: Ours(dtype)}
+    if dtype == "bfloat16":
+        found["ours, compiled"] = lambda: Ours(dtype, compiled=True)
     for experts in ("eager", "grouped_mm"):
         found[f"transformers {experts}"] = lambda experts=experts: Theirs(dtype, experts)
         if dtype == "bfloat16":
