@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -247,16 +246,22 @@ def seconds(built: dict[str, Any], repeats: int) -> dict[str, list[float]]:
     return found
 
 
+def _status(name: str) -> float:
+    """MiB, of this process since its exec (ru_maxrss begins at the parent's)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) / 1024
+
+
 def _peak(task: tuple[str, str, int]) -> float:
     dtype, name, threads = task
     torch.set_num_threads(threads)
     if name.startswith("transformers"):
         import transformers  # noqa: F401  what the library itself takes is not the model's
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _status("VmRSS")
     arm = arms(dtype)[name]()
     for _ in range(3):
         arm.step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return _status("VmHWM") - before
 
 
 def peak_memory(dtype: str, threads: int) -> dict[str, float]:

@@ -39,7 +39,7 @@ class StubDriver(DriverBase):
         return torch.device("cpu")
 
     def get_current_device(self) -> int:
-        return 0
+        return self.target.arch  # triton keeps what it compiled by device: one for every capability
 
     def set_current_device(self, device: int) -> None: ...
 

@@ -38,7 +38,9 @@ def test_the_fused_layer_is_the_torch_layer(method: str, masked: bool, monkeypat
     torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-4)
     for name, gradient in expected[2].items():
-        torch.testing.assert_close(found[2][name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()), msg=name)
+        torch.testing.assert_close(
+            found[2][name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()), msg=name
+        )
     for name, statistic in expected[3]._asdict().items():
         if statistic is None:
             assert getattr(found[3], name) is None
