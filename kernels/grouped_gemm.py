@@ -270,8 +270,44 @@ def _grouped_mm(rows_RD: Tensor, weight_eND: Tensor, tokens_per_expert_e: Tensor
     if rows_RD.shape[0] == 0:
         # No row on this rank: a product that is empty but keeps every gradient zero instead of None.
         return rows_RD @ weight_eND[0].T + 0.0 * weight_eND.sum()
+    if torch.compiler.is_compiling() and rows_RD.dtype != torch.bfloat16:
+        return _opaque(rows_RD, weight_eND, tokens_per_expert_e)
     offsets = tokens_per_expert_e.cumsum(0, dtype=torch.int32)
     return F.grouped_mm(rows_RD, weight_eND.transpose(-2, -1), offs=offsets)
+
+
+# For torch.compile: the fake kernel of F.grouped_mm knows bfloat16 alone (torch 2.13).
+
+
+@torch.library.custom_op("alf_moe::grouped_mm", mutates_args=())
+def _opaque(rows_RD: Tensor, weight_eND: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
+    offsets = tokens_per_expert_e.cumsum(0, dtype=torch.int32)
+    return F.grouped_mm(rows_RD, weight_eND.transpose(-2, -1), offs=offsets)
+
+
+@torch.library.custom_op("alf_moe::grouped_mm_backward", mutates_args=())
+def _opaque_backward(
+    grad_RN: Tensor, rows_RD: Tensor, weight_eND: Tensor, tokens_per_expert_e: Tensor
+) -> tuple[Tensor, Tensor]:
+    offsets = tokens_per_expert_e.cumsum(0, dtype=torch.int32)
+    return F.grouped_mm(grad_RN, weight_eND, offs=offsets), F.grouped_mm(grad_RN.T, rows_RD, offs=offsets)
+
+
+@_opaque.register_fake
+def _(rows_RD, weight_eND, tokens_per_expert_e):
+    return rows_RD.new_empty(rows_RD.shape[0], weight_eND.shape[1])
+
+
+@_opaque_backward.register_fake
+def _(grad_RN, rows_RD, weight_eND, tokens_per_expert_e):
+    return rows_RD.new_empty(rows_RD.shape), weight_eND.new_empty(weight_eND.shape)
+
+
+def _differentiate_opaque(ctx, grad_RN):
+    return *_opaque_backward(grad_RN.contiguous(), *ctx.saved_tensors), None
+
+
+_opaque.register_autograd(_differentiate_opaque, setup_context=_save)
 
 
 @functools.cache

@@ -6,8 +6,7 @@ Needs transformers >= 5.23. The model has 10 M parameters and is DeepSeek-V3-lik
 same function: sigmoid router with a selection bias, a shared expert, a dense first layer. Losses and gradients are compared
 before anything is timed. Arms take turns on the same batch; a step is forward, backward, clipping and fused AdamW.
 
-- ours: the engine of training, with the default balancing rule and its statistics; and with every block compiled (bfloat16
-  only: torch 2.13 has no float32 fake kernel of grouped_mm);
+- ours: the engine of training, with the default balancing rule and its statistics; and with every block compiled;
 - transformers with its `eager` and `grouped_mm` experts; in bfloat16 with autocast over float32 weights, as ours keeps them, and$
   with bfloat16 weights, which is less work for its optimizer;
 - bare operations: the matrix products (grouped ones with the same loads), attention and cross-entropy of a step alone, forward
@@ -206,9 +205,7 @@ class Bare:
 
 def arms(dtype: str) -> dict[str, Callable[[], Any]]:
     """What competes, by name."""
-    found: dict[str, Callable[[], Any]] = {"ours": lambda: Ours(dtype)}
-    if dtype == "bfloat16":
-        found["ours, compiled"] = lambda: Ours(dtype, compiled=True)
+    found: dict[str, Callable[[], Any]] = {"ours": lambda: Ours(dtype), "ours, compiled": lambda: Ours(dtype, True)}
     for experts in ("eager", "grouped_mm"):
         found[f"transformers {experts}"] = lambda experts=experts: Theirs(dtype, experts)
         if dtype == "bfloat16":

@@ -282,3 +282,19 @@ def test_p18_p33_dispatch_over_ranks_equals_local(skew):
         assert sum(r[0] for r in results) == pytest.approx(ce, rel=1e-6)
         assert (torch.tensor(results[0][1]) + torch.tensor(results[1][1])).tolist() == counts
         assert sum(r[2] for r in results) == pytest.approx(square, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["coordinate", "quantile", "sign"])
+def test_a_compiled_block_is_one_graph_and_the_same_function(method, dtype):
+    settings = {"balance__method": method, "balance__rate": None, "train__compute_dtype": dtype}
+    plain, grads = loss_and_grads(model(**settings))
+    compiled = model(**settings)
+    torch._dynamo.reset()
+    for block in compiled.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")  # fullgraph: a graph break raises
+    out, again = loss_and_grads(compiled)
+    assert torch.equal(out.ce, plain.ce)
+    assert all(torch.equal(again[name], gradient) for name, gradient in grads.items())
+    for name, statistic in plain.stats._asdict().items():
+        assert statistic is None or torch.equal(getattr(out.stats, name), statistic), name
