@@ -27,9 +27,8 @@ from kernels.router_topk import (
     LOW_BIN,
     RESPONSE_BINS,
     SMALLEST_SUM,
-    combine_weights,
     response_histogram,
-    router_scores,
+    router_topk,
     selection_scores,
     sorted_topk,
 )
@@ -399,13 +398,20 @@ def _route_torch(
     statistics: AbstractSet[str],
     boundary_width: float,
 ) -> Routed:
-    scores_TE = router_scores(logits_TE, score_function)
+    limits = num_groups, group_top_k
+    weights_TK, ids_TK, scores_TE, places_TK1 = router_topk(
+        logits_TE,
+        expert_bias_E,
+        top_k,
+        score_function,
+        renormalize,
+        scaling,
+        token_mask_T,
+        *limits,
+        places=bool(statistics & NEED_NEXT),
+    )
     with torch.no_grad():
-        biased_TE = selection_scores(scores_TE, expert_bias_E, num_groups, group_top_k)
-        places_TK1, chosen_TK1 = sorted_topk(biased_TE, top_k + bool(statistics & NEED_NEXT))
-        ids_TK = chosen_TK = chosen_TK1[:, :top_k]
-        if token_mask_T is not None:
-            ids_TK = chosen_TK.masked_fill(~token_mask_T[:, None], -1)
+        biased_TE, chosen_TK = selection_scores(scores_TE, expert_bias_E, *limits), ids_TK.clamp_min(0)
         real_T = logits_TE.new_ones(len(logits_TE), dtype=torch.bool) if token_mask_T is None else token_mask_T
         found = {}
         if "dual_sum" in statistics:  # sums in float64: the same in any order
@@ -415,14 +421,13 @@ def _route_torch(
             row_T1 = scores_TE.sum(-1, keepdim=True, dtype=torch.float64).float().clamp_min(SMALLEST_SUM)
             fixed_TE = ((scores_TE / row_T1).double() * FIXED_POINT).round().long()
             found["prob_sum_E"] = fixed_TE.masked_fill(~real_T[:, None], 0).sum(0)
-        if "boundary_count" in statistics:
+        if places_TK1 is not None and "boundary_count" in statistics:
             near_T = real_T & (places_TK1[:, top_k - 1] - places_TK1[:, top_k] <= boundary_width)
-            pair_T2 = chosen_TK1[:, top_k - 1 :].masked_fill(~near_T[:, None], -1)
+            pair_T2 = sorted_topk(biased_TE, top_k + 1)[1][:, top_k - 1 :].masked_fill(~near_T[:, None], -1)
             found["boundary_count_E"] = count_tokens(pair_T2, logits_TE.shape[1])
-        if "response_histogram" in statistics:
+        if places_TK1 is not None and "response_histogram" in statistics:
             found["response_histogram_EB"] = response_histogram(biased_TE, chosen_TK, places_TK1, token_mask_T)
         counts_E = count_tokens(ids_TK, logits_TE.shape[1])
-    weights_TK = combine_weights(scores_TE, ids_TK, renormalize, scaling, token_mask_T is not None)
     return Routed(weights_TK, ids_TK.int(), counts_E, **found)
 
 

@@ -17,27 +17,17 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.cases import Shape
 from moe.config import Config, resolve, validate
 from moe.model.layer import MoELayer
 from moe.parallel import Ranks
 from moe.train.about import provenance
-
-
-class Shape(NamedTuple):
-    """Tokens, model dim, hidden dim of an expert, experts, experts per token."""
-
-    T: int
-    D: int
-    F: int
-    E: int
-    K: int
-
 
 SHAPES = [Shape(2048, 256, 128, 64, 6), Shape(2048, 256, 64, 32, 4), Shape(2048, 512, 512, 16, 2)]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kernels.backend import fused
 from kernels.permute import count_tokens
-from kernels.route import route
+from kernels.route import STATISTICS, route
 from kernels.router_topk import combine_weights, router_scores, router_topk
 from moe.balance import BALANCERS
 from moe.balance.assignment import ROUTES, RouterBatch, assign
@@ -22,7 +22,7 @@ from moe.balance.losses import RouterLosses, router_losses
 from moe.balance.stats import NEED_PLACES, RouterStats, collect
 from moe.config import Config
 
-IN_ONE_PASS = frozenset({"dual_sum", "prob_sum", "response_histogram"})  # statistics that `route` takes
+IN_ONE_PASS = frozenset(STATISTICS)
 
 
 class Routing(NamedTuple):
@@ -54,6 +54,8 @@ class Router(nn.Module):
         super().__init__()
         m = self.model = config.model
         self.balance, self.seq_len, self.layer = config.balance, config.data.seq_len, layer
+        self.choice = m.top_k, m.score_function, m.renormalize, m.routed_scaling_factor
+        self.groups = m.num_groups, m.group_top_k
         self.needs = BALANCERS[self.balance.method].needs_of(self.balance)
         self.weight = nn.Parameter(torch.empty(m.num_experts, m.dim, dtype=torch.float32), requires_grad=m.train_router)
         self.register_buffer("expert_bias_E", torch.zeros(m.num_experts, dtype=torch.float32))
@@ -104,7 +106,6 @@ class Router(nn.Module):
         assigned: bool,
     ) -> tuple[Tensor, Tensor, Tensor, RouterStats]:
         m, places_TK1 = self.model, None
-        groups = m.num_groups, m.group_top_k
         if assigned:  # by a method that sees the whole batch
             scores_TE = router_scores(logits_TE, m.score_function)
             batch = RouterBatch(logits_TE.detach(), scores_TE.detach(), token_ids_T, m.top_k, self.layer)
@@ -112,47 +113,21 @@ class Router(nn.Module):
             weights_TK = combine_weights(scores_TE, ids_TK, m.renormalize, m.routed_scaling_factor, masked=True)
         else:
             weights_TK, ids_TK, scores_TE, places_TK1 = router_topk(
-                logits_TE,
-                self.expert_bias_E,
-                m.top_k,
-                m.score_function,
-                m.renormalize,
-                m.routed_scaling_factor,
-                mask_T,
-                *groups,
-                places=bool(needs & NEED_PLACES),
+                logits_TE, self.expert_bias_E, *self.choice, mask_T, *self.groups, places=bool(needs & NEED_PLACES)
             )
         counts_E = count_tokens(ids_TK, m.num_experts)
-        stats = collect(needs, scores_TE.detach(), self.expert_bias_E, ids_TK, counts_E, mask_T, *groups, places_TK1)
+        scores = scores_TE.detach()
+        stats = collect(needs, scores, self.expert_bias_E, ids_TK, counts_E, mask_T, *self.groups, places_TK1)
         return weights_TK, ids_TK, scores_TE, stats
 
     def _route_fused(
         self, logits_TE: Tensor, mask_T: Tensor | None, needs: AbstractSet[str]
     ) -> tuple[Tensor, Tensor, Tensor, RouterStats]:
-        m = self.model
-        groups = m.num_groups, m.group_top_k
-        found = route(
-            logits_TE,
-            self.expert_bias_E,
-            m.top_k,
-            m.score_function,
-            m.renormalize,
-            m.routed_scaling_factor,
-            mask_T,
-            *groups,
-            needs & IN_ONE_PASS,
-        )
-        scores_TE = router_scores(logits_TE, m.score_function)  # for the losses and for who watches
-        stats = collect(
-            needs - IN_ONE_PASS,
-            scores_TE.detach(),
-            self.expert_bias_E,
-            found.topk_ids_TK,
-            found.tokens_per_expert_E,
-            mask_T,
-            *groups,
-        )
+        found = route(logits_TE, self.expert_bias_E, *self.choice, mask_T, *self.groups, needs & IN_ONE_PASS)
+        scores_TE = router_scores(logits_TE, self.model.score_function)  # for the losses and for who watches
+        scores, ids_TK, counts_E = scores_TE.detach(), found.topk_ids_TK, found.tokens_per_expert_E
+        stats = collect(needs - IN_ONE_PASS, scores, self.expert_bias_E, ids_TK, counts_E, mask_T, *self.groups)
         stats = stats._replace(
             dual_sum=found.dual_sum, prob_sum=found.prob_sum_E, response_histogram=found.response_histogram_EB
         )
-        return found.topk_weights_TK, found.topk_ids_TK, scores_TE, stats
+        return found.topk_weights_TK, ids_TK, scores_TE, stats

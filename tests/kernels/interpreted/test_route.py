@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import kernels.route as router_module
+import kernels.router_topk as parts
 from kernels import backend
 from kernels.route import STATISTICS, Routed, route, route_reference
 from kernels.router_topk import RESPONSE_BINS, router_scores
@@ -30,7 +31,7 @@ def torch_path(monkeypatch, scores_TE: Tensor | None, *args: Any, **kwargs: Any)
     with monkeypatch.context() as patched:
         patched.setattr(backend, "INTERPRETED", False)
         if scores_TE is not None:
-            patched.setattr(router_module, "router_scores", lambda logits_TE, score_function: scores_TE)
+            patched.setattr(parts, "router_scores", lambda logits_TE, score_function: scores_TE)
         return route(*args, **kwargs)
 
 
