@@ -22,7 +22,8 @@ each K once; T = 131,072 is for four cells only. Among the tables with these pro
 taken for its low cost (T * E, K) alone, before any cell had run. Streams: moe/balance/streams.py; `recorded` needs the files
 OUT/recorded/E{E}_K{K}_T{T}_{score}.npz of observe.record_scores with 180 batches, and is skipped without them.
 
-`run` resumes: a finished cell and seed is one JSON file in OUT, and is not run again. Letters: T tokens, E experts,
+`run` resumes: a finished cell and seed is one JSON file in OUT, and is not run again; with --refresh the default and its
+ablations are, when moe/balance has changed since, beside the rivals' figures of before. Letters: T tokens, E experts,
 K experts per token, L MoE layers (one here).
 """
 
@@ -118,7 +119,7 @@ class Curved(Coordinate):
     """No linear part: the move is q."""
 
     def move(self, stats: RouterStats, error_LE: Tensor, rate_L1: Tensor) -> tuple[Tensor, State]:
-        return torch.where(self.informative(stats), self.minimiser(stats), 0.0), {}
+        return self.minimiser(stats), {}
 
 
 class Linear(Coordinate):
@@ -246,13 +247,17 @@ def unit_path(out: Path, cell: Cell, seed: int) -> Path:
 
 
 def run_unit(task: tuple[int, Cell, int, Path, float]) -> str | None:
-    """Run one cell with one seed and write its file, unless the deadline is over. Returns the line to print."""
+    """Run one cell with one seed and write its file, unless the deadline is over. Returns the line to print. What its file
+    holds already of the rivals and of no balancing stays."""
     index, cell, seed, out, deadline = task
     if time.time() > deadline:
         return None
     torch.set_num_threads(1)
     start = time.process_time()
-    rules = contestants(cell)
+    path, rules = unit_path(out, cell, seed), contestants(cell)
+    before: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    if before:
+        rules = {name: rule for name, rule in rules.items() if name not in (NOTHING, *RIVAL_NAMES)}
     try:
         maxvio = simulate(batches_of(cell, seed, out), rules, cell.top_k)
     except (OSError, ValueError) as error:
@@ -261,15 +266,25 @@ def run_unit(task: tuple[int, Cell, int, Path, float]) -> str | None:
     seconds = time.process_time() - start
     found = {"cell": cell._asdict(), "seed": seed, "cpu_seconds": seconds, "balance_digest": source_digest()}
     found |= {"versions": provenance(), "finite": finite, "maxvio": maxvio}
-    path = unit_path(out, cell, seed)
+    if before:
+        found["finite"], found["maxvio"] = before["finite"] | finite, before["maxvio"] | maxvio
+        found |= {"cpu_seconds": before["cpu_seconds"] + seconds, "rivals": before.get("rivals") or _source(before)}
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(found))
     partial.replace(path)
     return f"cell {index}, seed {seed}: {seconds:.0f} CPU-seconds ({cell})"
 
 
-def run(cells: dict[int, Cell], out: Path, jobs: int, minutes: float) -> None:
-    """All missing units, the cheapest cells first, in `jobs` processes of one thread."""
+def _source(unit: dict[str, Any]) -> str:
+    return f"commit {unit['versions']['git']}, moe/balance {unit['balance_digest']}"
+
+
+def run(cells: dict[int, Cell], out: Path, jobs: int, minutes: float, refresh: bool) -> None:
+    """All missing units, the cheapest cells first, in `jobs` processes of one thread; refresh: and those of other sources."""
+
+    def finished(path: Path) -> bool:
+        return path.is_file() and not (refresh and json.loads(path.read_text())["balance_digest"] != source_digest())
+
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.time() + 60 * minutes
     todo = []
@@ -277,7 +292,7 @@ def run(cells: dict[int, Cell], out: Path, jobs: int, minutes: float) -> None:
         if cell.stream == "recorded" and not (out / "recorded" / cell.recording).is_file():
             print(f"cell {index} skipped: there is no {out / 'recorded' / cell.recording}")
             continue
-        seeds = [seed for seed in range(cell.seeds) if not unit_path(out, cell, seed).is_file()]
+        seeds = [seed for seed in range(cell.seeds) if not finished(unit_path(out, cell, seed))]
         todo += [(index, cell, seed, out, deadline) for seed in seeds]
     print(f"{len(todo)} units to run", flush=True)
     os.environ["OMP_NUM_THREADS"] = "1"  # read by the processes that are spawned now
@@ -317,7 +332,7 @@ def gather(table: list[Cell], out: Path) -> dict[str, Any]:
         if not all(path.is_file() for path in paths):
             continue
         units = [json.loads(path.read_text()) for path in paths]
-        versions |= {f"commit {u['versions']['git']}, moe/balance {u['balance_digest']}" for u in units}
+        versions |= {_source(u) for u in units} | {f"rivals: {u['rivals']}" for u in units if "rivals" in u}
         versions |= {f"torch {u['versions']['torch']}, Python {u['versions']['python']}" for u in units}
         seconds += sum(unit["cpu_seconds"] for unit in units)
         jump_at = int(STEPS * JUMP_AT) if cell.stream == "jump" else None
@@ -412,6 +427,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--cells", default="", help="comma-separated numbers; default: all")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no unit after this time")
+    parser.add_argument(
+        "--refresh", action="store_true", help="run: the default again where moe/balance has changed since"
+    )
     parser.add_argument("--summary", type=Path, help="report: also write the figures to this JSON file")
     parser.add_argument("--held-out", action="store_true", help="the cells of HELD_OUT instead of CELLS")
     options = parser.parse_args(argv)
@@ -421,7 +439,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.command == "estimate":
         estimate(cells)
     elif options.command == "run":
-        run(cells, options.out, options.jobs, options.minutes)
+        run(cells, options.out, options.jobs, options.minutes, options.refresh)
     else:
         found = gather(table, options.out)
         print("\n".join([*verdict(found), "", *details(found)]))

@@ -60,13 +60,20 @@ def response_edges(device: torch.device | str = "cpu") -> Tensor:
 
 
 def coordinate_minimiser_binned(histogram_LEB: Tensor, target_L1: Tensor) -> Tensor:
-    """q [L, E] float64 from the histogram of r (B ascending bins), linear inside a bin."""
-    edges = response_edges(histogram_LEB.device)
+    """q [L, E] float64 from the histogram of r (B ascending bins), linear inside a bin.
+
+    The two bins next to 0 are one: which side a tie is on says only who has the lower index. Among tied experts q then
+    falls with the number of tokens that tie, whoever got them: the rare ones come first, and their order keeps still.
+    """
+    half, edges = RESPONSE_BINS // 2, response_edges(histogram_LEB.device)
+    edges = torch.cat([edges[:half], edges[half + 1 :]])
+    tied_LE1 = histogram_LEB[..., half - 1 : half + 1].sum(-1, keepdim=True)
+    histogram_LEB = torch.cat([histogram_LEB[..., : half - 1], tied_LE1, histogram_LEB[..., half + 1 :]], dim=-1)
     below_LEB = histogram_LEB.cumsum(-1)
     total_LE1 = below_LEB[..., -1:]
     # The highest bin such that it and all bins above hold L, in integers: at most total - ceil(L) lie below it.
     room_LE1 = (total_LE1 - target_L1.ceil().long()[..., None]).contiguous()
-    index = torch.searchsorted(below_LEB, room_LE1, right=True).clamp_max(RESPONSE_BINS - 1)
+    index = torch.searchsorted(below_LEB, room_LE1, right=True).clamp_max(RESPONSE_BINS - 2)
     inside, above = histogram_LEB.gather(-1, index), total_LE1 - below_LEB.gather(-1, index)
     share = ((target_L1[..., None] - above) / inside.clamp_min(1)).clamp(0, 1)
     upper, lower = edges[index + 1], edges[index]
@@ -128,13 +135,12 @@ class Coordinate(BiasRule):
         x_k = q_k c_k^(1 - eta),    c_k = (e_k EMA|q| / EMA|e|) / q_k, at most REACH
 
     eta = 1, alone on unknown ground, takes q itself. A small eta averages over many batches, and the mean of q, a curved
-    function of the error, is not 0 when the mean error is; that of the error is. Nothing moves when nearly all chosen pairs
-    are ties (a zero router).
+    function of the error, is not 0 when the mean error is; that of the error is.
     State, per layer: "move_size", "error_size" [L, 1] (EMAs of the mean |q|, |e|: of equal age, so only their ratio counts).
     """
 
     needs = frozenset({"response_histogram"})
-    MEMORY, INFORMATIVE, REACH = 0.9, 0.05, 4.0
+    MEMORY, REACH = 0.9, 4.0
 
     def initial_state(self, num_layers: int, num_experts: int) -> State:
         return super().initial_state(num_layers, num_experts) | {
@@ -147,16 +153,8 @@ class Coordinate(BiasRule):
         assert stats.response_histogram is not None
         return coordinate_minimiser_binned(stats.response_histogram, target_load(stats.tokens_per_expert))
 
-    def informative(self, stats: RouterStats) -> Tensor:
-        """[L, 1] bool: enough of the chosen pairs are not ties."""
-        assert stats.response_histogram is not None
-        tied_L = stats.response_histogram[..., RESPONSE_BINS // 2].sum(-1)
-        pairs_L = stats.tokens_per_expert.sum(-1)
-        return (pairs_L - tied_L > self.INFORMATIVE * pairs_L)[:, None]
-
     def move(self, stats: RouterStats, error_LE: Tensor, rate_L1: Tensor) -> tuple[Tensor, State]:
         q_LE, s = self.minimiser(stats).double(), self.state
-        told_L1 = self.informative(stats)
         keep = self.MEMORY
         size = {
             "move_size": keep * s["move_size"].double() + (1 - keep) * q_LE.abs().mean(-1, keepdim=True),
@@ -165,5 +163,4 @@ class Coordinate(BiasRule):
         slope_L1 = size["move_size"] / size["error_size"].clamp_min(1e-300)
         linear_LE = error_LE * slope_L1
         ratio_LE = (linear_LE.abs() / q_LE.abs().clamp_min(1e-300)).clamp_max(self.REACH)
-        move_LE = q_LE * ratio_LE ** (1 - rate_L1).clamp(0, 1)
-        return torch.where(told_L1, move_LE, 0.0), {k: torch.where(told_L1, v, s[k]) for k, v in size.items()}
+        return q_LE * ratio_LE ** (1 - rate_L1).clamp(0, 1), size
