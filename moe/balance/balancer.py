@@ -87,10 +87,6 @@ class Balancer:
             self.state[name] = torch.where(moves_L.view(-1, *[1] * (old.dim() - 1)), new.to(old.dtype), old)
         self.step_count += 1
 
-    def freeze(self, layer: int) -> None:
-        """Keep the bias of this global layer as it is (a frozen layer or a teacher)."""
-        self.moving_L[self.layers.index(layer)] = False
-
     @torch.no_grad()
     def publish(self, routers: Sequence[HasExpertBias]) -> None:
         """Copy the master bias (and the shares of phi_loss) into the routers' buffers, after every step and load."""

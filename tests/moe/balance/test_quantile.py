@@ -18,6 +18,7 @@ from moe.balance.quantile import (
     response_edges,
 )
 from moe.balance.stats import (
+    LOW_BIN,
     QUANTILE_BINS,
     RESPONSE_BINS,
     collect,
@@ -166,6 +167,35 @@ def test_the_linear_part_reaches_at_most_four_minimisers():
 
 
 # -- as rules ----------------------------------------------------------------------------------------------------------
+
+
+def test_tied_experts_are_ranked_by_how_rarely_they_tie_whoever_holds_the_ties():
+    share_E = torch.tensor([0.9, 0.5, 0.3, 0.1, 0.7])  # of the tokens for which the score is exactly 1
+    scores = (torch.rand(4000, 5, generator=torch.Generator().manual_seed(0)) < share_E).float()
+
+    def minimiser(scores):
+        histogram = routed(scores, torch.zeros(5), 1, {"response_histogram"}).response_histogram
+        assert histogram is not None
+        return coordinate_minimiser_binned(histogram[None], torch.tensor([[800.0]], dtype=torch.float64))[0]
+
+    q = minimiser(scores)
+    assert q[[0, 4, 1, 2]].diff().gt(0).all()  # expert 3 ties with fewer tokens than the target
+    assert q[[0, 4, 1, 2]].abs().max() <= 2.0**LOW_BIN < q[3]
+    order = torch.tensor([3, 1, 0, 4, 2])
+    torch.testing.assert_close(minimiser(scores[:, order]), q[order])  # the lowest index holds the ties
+
+
+def test_saturated_scores_are_balanced_better_than_by_quantile_balancing():
+    load = {}
+    for method, rate in (("coordinate", "auto"), ("quantile", 0.1), ("none", None)):
+        b = build_balancer(BalanceSection(method=method, rate=rate), [0], 64, 2)
+        load[method] = []
+        for scores in stream("times_ten", 1024, 64, "sigmoid", 60, seed=0):
+            stats = routed(scores, b.bias_LE[0], 2, b.needs)
+            load[method].append(float(stats.tokens_per_expert.max()) / 32 - 1)
+            b.step(stack([stats]))
+    late = {method: sum(values[-20:]) / 20 for method, values in load.items()}
+    assert late["coordinate"] < 0.8 * late["quantile"] < 0.4 * late["none"]
 
 
 def late_maxvio(method, kind="iid", steps=60, tokens=1024, experts=16, top_k=2, score="sigmoid", sign=1, **settings):

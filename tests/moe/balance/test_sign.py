@@ -54,14 +54,6 @@ def test_p09_mean_does_not_drift():
     assert drifting.bias_LE.mean() > 0.4  # the test can see drift
 
 
-def test_p14_frozen_layer_is_not_updated():
-    b = balancer()
-    b.freeze(2)
-    b.step(stats([5, 1, 1, 1], [5, 1, 1, 1]))
-    assert b.bias_LE[0].abs().sum() > 0
-    assert b.bias_LE[1].abs().sum() == 0
-
-
 def test_layer_without_tokens_is_not_updated():
     b = balancer(centre=False)
     b.bias_LE[1] = 0.25
