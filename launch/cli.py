@@ -11,6 +11,7 @@ import moe
 COMMANDS = {
     "train": ("launch.train", "train a model on the processes of this machine"),
     "prepare": ("launch.prepare", "turn a corpus into a tokenizer and token files"),
+    "compare": ("launch.compare", "train several balancing methods on paired seeds, and compare them"),
     "theory": ("launch.theory", "run balancing rules on score streams beside the theory's bounds"),
 }
 
