@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.backend import fused
-from kernels.permute import Permutation, gather_rows, pair_blocks, token_blocks
+from kernels.permute import Permutation, gather_rows
+from kernels.permute_triton import pair_blocks, token_blocks
 
 # -- the reference -----------------------------------------------------------------------------------------------------
 

@@ -42,7 +42,8 @@ from kernels.grouped_gemm import (
     tile_place,
     tile_rows,
 )
-from kernels.permute import Permutation, permute, permute_backward
+from kernels.permute import Permutation, permute
+from kernels.permute_triton import permute_backward
 
 # -- the reference -----------------------------------------------------------------------------------------------------
 

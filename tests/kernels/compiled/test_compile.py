@@ -16,8 +16,8 @@ from kernels.grouped_gemm import (
     row_tiles,
 )
 from kernels.moe_mlp import moe_mlp_backward, moe_mlp_forward
-from kernels.permute import count_tokens_forward, permute_backward, permute_forward, sort_forward
-from kernels.route import route_backward, route_forward
+from kernels.permute_triton import count_tokens_forward, permute_backward, permute_forward, sort_forward
+from kernels.route_triton import route_backward, route_forward
 from kernels.router_topk import RESPONSE_BINS
 from tests.kernels.compiled.lane import SHARED_LIMIT, Build, Recorder
 

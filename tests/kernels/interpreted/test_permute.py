@@ -10,7 +10,6 @@ from torch import Tensor
 from kernels.cases import Shape, choices
 from kernels.combine import combine
 from kernels.permute import (
-    SORT_BLOCK,
     Permutation,
     count_tokens,
     padded_ends,
@@ -18,6 +17,7 @@ from kernels.permute import (
     regroup,
     sort_by_expert,
 )
+from kernels.permute_triton import SORT_BLOCK
 from tests.kernels.interpreted.test_ops import poisoned  # noqa: F401  (autouse)
 
 IDS = [torch.int32, torch.int64]
