@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import fused
+from kernels.backend import Backend, fused
 from kernels.permute_triton import count_op, padded_size, permute_op, sort_op
 
 
@@ -127,34 +127,61 @@ def _check_ids(topk_ids: Tensor, num_experts: int) -> None:
         raise ValueError(f"num_experts = {num_experts}: give at least 1")
 
 
+def _check_range(topk_ids: Tensor, num_experts: int, lowest: int) -> None:
+    """Host sync on a GPU. Inside torch.compile the range is checked when the graph runs, and torch raises a RuntimeError."""
+    way_out = f"give {lowest} to {num_experts - 1}" + (", and masked = True where some are -1" if lowest == 0 else "")
+    if torch.compiler.is_compiling():
+        inside = ((topk_ids >= lowest) & (topk_ids < num_experts)).all()
+        torch._assert_async(inside, f"topk_ids is not within {lowest} and {num_experts - 1}: {way_out}")
+    elif topk_ids.numel():
+        low, high = (int(end) for end in topk_ids.aminmax())
+        if low < lowest or high >= num_experts:
+            raise ValueError(f"topk_ids has {low if low < lowest else high}: {way_out}")
+
+
 def padded_ends(counts_E: Tensor, tile: int) -> Tensor:
     """ends_E int64: where the rows of each expert end in an order with this tile, its padding included."""
     return (counts_E + counts_E.neg().remainder(tile)).cumsum(0)
 
 
-def count_tokens(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
+def count_tokens(topk_ids_TK: Tensor, num_experts: int, backend: Backend = "auto", check_ids: bool = False) -> Tensor:
     """tokens_per_expert [E] int64, exact; id -1 is not counted. Any shape of ids. No host sync.
 
-    Raises ValueError for ids that are not int32 or int64, or no experts.
+    check_ids: also the Triton path refuses ids outside -1 to E - 1, at the price of one on a GPU; else it does not count them.
+    Raises ValueError for ids that are not int32 or int64, no experts, other backends, and, always on a CPU, for such ids.
     """
     _check_ids(topk_ids_TK, num_experts)
-    ids = topk_ids_TK.reshape(-1)
-    return count_op(ids.contiguous(), num_experts) if fused(ids) else _count_torch(ids.long(), num_experts)
+    ids, triton = topk_ids_TK.reshape(-1), fused(topk_ids_TK, backend)
+    if check_ids or (ids.device.type == "cpu" and not triton):
+        _check_range(ids, num_experts, -1)
+    return count_op(ids.contiguous(), num_experts) if triton else _count_torch(ids.long(), num_experts)
 
 
-def sort_by_expert(topk_ids_TK: Tensor, num_experts: int, masked: bool = False, tile: int = 1) -> Permutation:
+def sort_by_expert(
+    topk_ids_TK: Tensor,
+    num_experts: int,
+    masked: bool = False,
+    tile: int = 1,
+    backend: Backend = "auto",
+    check_ids: bool = False,
+) -> Permutation:
     """Stable expert-sorted order of all pairs. masked: some ids are -1; their pairs get no row (one host sync on the torch
     path, none on the Triton path: see the top of the file). tile: every expert's rows start at a multiple of it; counts_E
     stay the true counts, `padded_ends` says where the groups end.
 
-    Raises ValueError for other dtypes or shapes, K > E, or tile < 1.
+    check_ids: also the Triton path refuses ids outside -1 (0 without masked) to E - 1, at the price of a host sync on a GPU;
+    else such a pair gets no row.
+    Raises ValueError for other dtypes or shapes, K > E, tile < 1, other backends, and, always on a CPU, for such ids.
     """
     _check_ids(topk_ids_TK, num_experts)
     if topk_ids_TK.dim() != 2 or not 1 <= topk_ids_TK.shape[1] <= num_experts:
         raise ValueError(f"topk_ids_TK is {tuple(topk_ids_TK.shape)}: give [T, K] with 1 <= K <= {num_experts} experts")
     if tile < 1:
         raise ValueError(f"tile = {tile}: give at least 1")
-    if not fused(topk_ids_TK):
+    triton = fused(topk_ids_TK, backend)
+    if check_ids or (topk_ids_TK.device.type == "cpu" and not triton):
+        _check_range(topk_ids_TK, num_experts, -1 if masked else 0)
+    if not triton:
         return _sort_torch(topk_ids_TK.long(), num_experts, masked, tile)
     order_R, inverse_TK, counts_E = sort_op(topk_ids_TK.contiguous(), num_experts, tile)
     return Permutation(order_R, inverse_TK, counts_E, masked, masked or tile > 1)
@@ -182,16 +209,16 @@ def regroup(counts_pe: Tensor, rows: int) -> Permutation:
     return Permutation(order_R, to[:, None], counts_pe.sum(0), False)
 
 
-def permute(x_TD: Tensor, permutation: Permutation) -> Tensor:
+def permute(x_TD: Tensor, permutation: Permutation, backend: Backend = "auto") -> Tensor:
     """rows_RD in expert order, same dtype as x_TD; zeros in rows of no pair.
 
-    Raises ValueError for other shapes or devices.
+    Raises ValueError for other shapes, devices or backends.
     """
     order_R, inverse_TK = permutation.order_R, permutation.inverse_TK
     if x_TD.dim() != 2 or x_TD.shape[0] != inverse_TK.shape[0]:
         raise ValueError(f"x_TD is {tuple(x_TD.shape)}: give [T, D] with T = {inverse_TK.shape[0]}, as the permutation")
     if x_TD.device != inverse_TK.device:
         raise ValueError(f"x_TD is on {x_TD.device}: give it on {inverse_TK.device}, where the permutation is")
-    if not fused(x_TD):
+    if not fused(x_TD, backend):
         return _Permute.apply(x_TD, permutation)
     return permute_op(x_TD.contiguous(), order_R.contiguous(), inverse_TK.contiguous())

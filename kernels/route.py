@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.backend import fused
+from kernels.backend import Backend, fused
 from kernels.permute import count_tokens
 from kernels.route_triton import route_op
 from kernels.router_topk import (
@@ -127,10 +127,10 @@ def _route_torch(
         if places_TK1 is not None and "boundary_count" in statistics:
             near_T = real_T & (places_TK1[:, top_k - 1] - places_TK1[:, top_k] <= boundary_width)
             pair_T2 = sorted_topk(biased_TE, top_k + 1)[1][:, top_k - 1 :].masked_fill(~near_T[:, None], -1)
-            found["boundary_count_E"] = count_tokens(pair_T2, logits_TE.shape[1])
+            found["boundary_count_E"] = count_tokens(pair_T2, logits_TE.shape[1], "torch")
         if places_TK1 is not None and "response_histogram" in statistics:
             found["response_histogram_EB"] = response_histogram(biased_TE, chosen_TK, places_TK1, token_mask_T)
-        counts_E = count_tokens(ids_TK, logits_TE.shape[1])
+        counts_E = count_tokens(ids_TK, logits_TE.shape[1], "torch")
     return Routed(weights_TK, ids_TK.int(), counts_E, **found)
 
 
@@ -185,17 +185,18 @@ def route(
     group_top_k: int = 1,
     statistics: AbstractSet[str] = frozenset(),
     boundary_width: float = 0.0,
+    backend: Backend = "auto",
 ) -> Routed:
     """Route T tokens and count; see the equations at the top of the file.
 
     logits_TE bfloat16, float16 or float32; expert_bias_E float32, no gradient; token_mask_T bool, False for padding.
     statistics: of STATISTICS, those to fill. NaN logits rank first; ids stay within the experts. Raises ValueError for other
-    dtypes, devices or shapes, for K beyond the experts in reach, and for unknown names.
+    dtypes, devices, shapes or backends, for K beyond the experts in reach, and for unknown names.
     """
     limits = num_groups, group_top_k
     _check(logits_TE, expert_bias_E, top_k, score_function, token_mask_T, *limits, statistics)
     settings = score_function, renormalize, float(scaling)
-    if not fused(logits_TE):
+    if not fused(logits_TE, backend):
         return _route_torch(
             logits_TE, expert_bias_E, top_k, *settings, token_mask_T, *limits, statistics, boundary_width
         )

@@ -16,7 +16,6 @@ from kernels.grouped_gemm import (
     grouped_gemm_reference,
     grouped_weight_gradient,
     row_tiles,
-    table_choice,
 )
 
 
@@ -146,19 +145,6 @@ def test_compiles_without_a_graph_break():
     compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
     for found, expected in zip(run(compiled, *arguments), run(twice, *arguments), strict=True):
         assert torch.equal(found, expected)
-
-
-def test_the_table_chooses_by_device_and_dtype(monkeypatch):
-    assert table_choice(0, "bfloat16") == "torch"  # no measurement yet
-    monkeypatch.setattr(module, "_measured", lambda: {"A card": {"bfloat16": "triton"}})
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ["A card", "Another"][index])
-    assert [table_choice(0, "bfloat16"), table_choice(0, "float32"), table_choice(1, "bfloat16")] == [
-        "triton",
-        "torch",
-        "torch",
-    ]
-    fixed = torch.compile(lambda x: x + len(table_choice(0, "bfloat16")), fullgraph=True, backend="aot_eager")
-    assert fixed(torch.zeros(())) == len("triton")
 
 
 @pytest.mark.parametrize(
