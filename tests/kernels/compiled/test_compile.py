@@ -118,7 +118,7 @@ def test_compiles_without_spills_within_shared_memory(op: str, capability: int):
 
 
 @pytest.mark.parametrize("op", ["permute", "combine"])
-def test_rows_are_addressed_in_64_bits(op: str):
+def test_p19_rows_are_addressed_in_64_bits(op: str):
     """T * K * D is beyond 32 bits for 65,536 tokens of V3: no product may be cut to 32 (a widening one is not)."""
     for setting, builds in builds_of(op, 90).items():
         for build in builds:

@@ -103,7 +103,7 @@ def test_gradients_that_nobody_asked_for_are_not_made(monkeypatch):
     assert grad.shape == rows.shape
 
 
-def test_addresses_of_rows_beyond_32_bits():
+def test_p19_addresses_of_rows_beyond_32_bits():
     # The rows of expert 1 begin at row 2**21 of 1,024 values: memory that is asked for and hardly touched.
     many, dim = 2**21, 1024
     rows = torch.empty(many + 3, dim, dtype=torch.bfloat16)
@@ -115,7 +115,7 @@ def test_addresses_of_rows_beyond_32_bits():
     assert close([out[many:]], [rows[many:].double() @ weight[1].double().T], torch.bfloat16)
 
 
-def test_addresses_of_gathered_tokens_beyond_32_bits():
+def test_p19_addresses_of_gathered_tokens_beyond_32_bits():
     many, dim, order = 2**21, 1024, torch.tensor([2 * 2**21 + 1, 3, -1])  # pairs of K = 2: tokens many, 1 and none
     x = torch.empty(many + 1, dim, dtype=torch.bfloat16)
     x[[1, many]] = normal(2, dim, device="cpu", dtype=torch.bfloat16, seed=0)
@@ -126,7 +126,7 @@ def test_addresses_of_gathered_tokens_beyond_32_bits():
     assert close([grouped_weight_gradient(x, left, ends, order, 2, "left")[0]], [exact.T], torch.bfloat16)
 
 
-def test_addresses_of_experts_beyond_32_bits():
+def test_p19_addresses_of_experts_beyond_32_bits():
     rows, _, counts = made([0, 3], 8, 16)
     far = torch.empty(2**31 + 128)
     weight = far.as_strided((2, 8, 16), (2**31, 16, 1))

@@ -18,7 +18,7 @@ from kernels.permute import (
     sort_by_expert,
 )
 from kernels.permute_triton import SORT_BLOCK
-from tests.kernels.interpreted.test_ops import poisoned  # noqa: F401  (autouse)
+from tests.kernels.compare import poisoned  # noqa: F401  (autouse)
 
 IDS = [torch.int32, torch.int64]
 SORTS = {  # shape (T, E, K) and routing; pairs are odd numbers, never whole blocks, from one block to some
