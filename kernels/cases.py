@@ -201,7 +201,9 @@ GROUPED_GEMM = Op(
 # -- moe_mlp -----------------------------------------------------------------------------------------------------------
 
 
-def _moe_mlp_case(name: str, shape: Shape, kind: str) -> Case:
+def moe_mlp_case(name: str, shape: Shape, kind: str) -> Case:
+    """At any shape, for benchmarks and tests on a GPU."""
+
     def make(device, dtype, seed):
         x = normal(shape.T, shape.D, device=device, dtype=dtype, seed=seed)
         weights = normal(shape.T, shape.K, device=device, dtype=torch.float32, seed=seed + 1).sigmoid()
@@ -214,7 +216,7 @@ def _moe_mlp_case(name: str, shape: Shape, kind: str) -> Case:
 MOE_MLP = Op(
     moe_mlp,
     moe_mlp_reference,
-    [_moe_mlp_case(name, *setting) for name, setting in TILES.items()],
+    [moe_mlp_case(name, *setting) for name, setting in TILES.items()],
     {
         "weights of the neighbour": lambda x, w, p, w13, w2: moe_mlp(x, w, p, w13.roll(1, 0), w2),
         "gate and up exchanged": lambda x, w, p, w13, w2: moe_mlp(x, w, p, torch.cat(w13.chunk(2, 1)[::-1], 1), w2),

@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.backend import fused
-from kernels.permute import Permutation, gather_rows, pair_blocks, token_blocks
+from kernels.backend import Backend, fused
+from kernels.permute import Permutation, gather_rows
+from kernels.permute_triton import pair_blocks, token_blocks
 
 # -- the reference -----------------------------------------------------------------------------------------------------
 
@@ -175,11 +176,11 @@ def weighted_sum(rows_RD: Tensor, weights_TK: Tensor, inverse_TK: Tensor, masked
     return F.embedding_bag(inverse_TK, rows, mode="sum", per_sample_weights=weights_TK.to(rows.dtype)).to(rows_RD.dtype)
 
 
-def combine(rows_RD: Tensor, weights_TK: Tensor, permutation: Permutation) -> Tensor:
+def combine(rows_RD: Tensor, weights_TK: Tensor, permutation: Permutation, backend: Backend = "auto") -> Tensor:
     """out_TD in the dtype of rows_RD; weights_TK float32. Pairs without a row count as zero. rows_RD may lack rows at the end
     that have no pair.
 
-    Raises ValueError for other dtypes, devices or shapes.
+    Raises ValueError for other dtypes, devices, shapes or backends.
     """
     order_R, inverse_TK = permutation.order_R, permutation.inverse_TK
     if weights_TK.shape != inverse_TK.shape:
@@ -189,7 +190,7 @@ def combine(rows_RD: Tensor, weights_TK: Tensor, permutation: Permutation) -> Te
         raise ValueError(f"rows_RD is {tuple(rows_RD.shape)}: give [R, D] with R = {len(order_R)}, as the permutation")
     if rows_RD.device != inverse_TK.device:
         raise ValueError(f"rows_RD is on {rows_RD.device}: give it on {inverse_TK.device}, where the permutation is")
-    if not fused(rows_RD):
+    if not fused(rows_RD, backend):
         return _Combine.apply(rows_RD, weights_TK, permutation)
     if weights_TK.dtype != torch.float32 or weights_TK.device != rows_RD.device:
         raise ValueError(f"weights_TK is {weights_TK.dtype} on {weights_TK.device}: give float32 on {rows_RD.device}")

@@ -17,10 +17,7 @@ Letters: R rows, D inner dim, N output dim, e local experts, K experts per token
 
 from __future__ import annotations
 
-import functools
-import json
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +26,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from kernels.backend import fused
-
-Backend = Literal["auto", "triton", "torch"]
-TABLE = Path(__file__).with_name("grouped_gemm_table.json")
-"""What was faster: {device name: {dtype: "triton" or "torch"}}, from measurements. What is not in it runs on torch."""
+from kernels.backend import Backend, fused
+from kernels.grouped_gemm_table import faster
 
 # -- the reference -----------------------------------------------------------------------------------------------------
 
@@ -310,32 +304,11 @@ def _differentiate_opaque(ctx, grad_RN):
 _opaque.register_autograd(_differentiate_opaque, setup_context=_save)
 
 
-@functools.cache
-def _measured() -> dict[str, dict[str, str]]:
-    return json.loads(TABLE.read_text()) if TABLE.exists() else {}
-
-
-@torch.compiler.assume_constant_result
-def table_choice(device_index: int | None, dtype: str) -> str:
-    """What TABLE says for this GPU and dtype (such as "bfloat16"); torch where it says nothing."""
-    if not _measured():
-        return "torch"
-    return _measured().get(torch.cuda.get_device_name(device_index), {}).get(dtype, "torch")
-
-
-def _use_triton(rows_RD: Tensor, backend: Backend) -> bool:
-    """auto: under the interpreter Triton, on a GPU what TABLE says, else torch. float64 is always torch."""
-    if backend not in ("auto", "triton", "torch"):
-        raise ValueError(f"backend = {backend!r} is not known: choose auto, triton or torch")
-    if backend == "triton" and not fused(rows_RD):
-        raise ValueError(
-            f"backend = 'triton' cannot take rows_RD on {rows_RD.device}: give CUDA tensors or choose torch"
-        )
-    if backend == "torch" or not fused(rows_RD) or rows_RD.dtype == torch.float64:
+def _use_triton(rows_RD: Tensor, weight_eND: Tensor, backend: Backend) -> bool:
+    """auto: what the table says where Triton runs. float64 is always torch."""
+    if not fused(rows_RD, backend) or rows_RD.dtype == torch.float64:
         return False
-    if backend == "auto" and rows_RD.is_cuda:
-        return table_choice(rows_RD.device.index, str(rows_RD.dtype).removeprefix("torch.")) == "triton"
-    return True
+    return backend == "triton" or faster("grouped_gemm", rows_RD, weight_eND, len(rows_RD)) == "triton"
 
 
 def _check(rows_RD: Tensor, weight_eND: Tensor, tokens_per_expert_e: Tensor) -> None:
@@ -358,10 +331,11 @@ def _check(rows_RD: Tensor, weight_eND: Tensor, tokens_per_expert_e: Tensor) -> 
 def grouped_gemm(rows_RD: Tensor, weight_eND: Tensor, tokens_per_expert_e: Tensor, backend: Backend = "auto") -> Tensor:
     """out_RN in the dtype of rows_RD; empty groups are allowed and get zero gradients.
 
-    The sizes must add up to at most R; rows past the last group are zeros with Triton and undefined with torch. Raises
+    backend auto: Triton where it runs, unless kernels/grouped_gemm_table.json has torch as the faster. The sizes must add up
+    to at most R; rows past the last group are zeros with Triton and undefined with torch. Raises
     ValueError for other dtypes, devices, shapes or backends.
     """
     _check(rows_RD, weight_eND, tokens_per_expert_e)
-    if not _use_triton(rows_RD, backend):
+    if not _use_triton(rows_RD, weight_eND, backend):
         return _grouped_mm(rows_RD, weight_eND, tokens_per_expert_e)
     return _forward(rows_RD.contiguous(), weight_eND.contiguous(), tokens_per_expert_e)

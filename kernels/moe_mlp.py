@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from kernels.backend import fused
+from kernels.backend import Backend, fused
 from kernels.combine import combine, combine_forward, combine_reference
 from kernels.grouped_gemm import (
     Blocks,
@@ -42,7 +42,9 @@ from kernels.grouped_gemm import (
     tile_place,
     tile_rows,
 )
-from kernels.permute import Permutation, permute, permute_backward
+from kernels.grouped_gemm_table import faster
+from kernels.permute import Permutation, permute
+from kernels.permute_triton import permute_backward
 
 # -- the reference -----------------------------------------------------------------------------------------------------
 
@@ -308,20 +310,42 @@ def _check(x_TD: Tensor, topk_weights_TK: Tensor, permutation: Permutation, w13_
             raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}: give int64 on {x_TD.device}")
 
 
+def _composed(
+    x_TD: Tensor,
+    topk_weights_TK: Tensor,
+    permutation: Permutation,
+    w13_e2FD: Tensor,
+    w2_eDF: Tensor,
+    backend: Backend,
+    products: Backend,
+) -> Tensor:
+    counts_e = permutation.counts_E
+    gate_RF, up_RF = grouped_gemm(permute(x_TD, permutation, backend), w13_e2FD, counts_e, products).chunk(2, dim=-1)
+    rows_RD = grouped_gemm(F.silu(gate_RF) * up_RF, w2_eDF, counts_e, products)
+    return combine(rows_RD, topk_weights_TK, permutation, backend)
+
+
 def moe_mlp(
-    x_TD: Tensor, topk_weights_TK: Tensor, permutation: Permutation, w13_e2FD: Tensor, w2_eDF: Tensor
+    x_TD: Tensor,
+    topk_weights_TK: Tensor,
+    permutation: Permutation,
+    w13_e2FD: Tensor,
+    w2_eDF: Tensor,
+    backend: Backend = "auto",
 ) -> Tensor:
     """out_TD in the dtype of x_TD: the routed experts of a rank that has all of them.
 
-    topk_weights_TK float32; the permutation of `sort_by_expert`. Raises ValueError for other dtypes, devices or shapes.
+    topk_weights_TK float32; the permutation of `sort_by_expert`. backend auto: Triton where it runs, unless
+    kernels/grouped_gemm_table.json has F.grouped_mm as the faster. Raises ValueError for other dtypes, devices, shapes or
+    backends.
     """
     _check(x_TD, topk_weights_TK, permutation, w13_e2FD, w2_eDF)
-    counts_e = permutation.counts_E
-    if not fused(x_TD) or x_TD.dtype == torch.float64:
-        gate_RF, up_RF = grouped_gemm(permute(x_TD, permutation), w13_e2FD, counts_e).chunk(2, dim=-1)
-        return combine(grouped_gemm(F.silu(gate_RF) * up_RF, w2_eDF, counts_e), topk_weights_TK, permutation)
     tensors = (x_TD, topk_weights_TK, w13_e2FD, w2_eDF)
+    if not fused(x_TD, backend) or x_TD.dtype == torch.float64:
+        return _composed(x_TD, topk_weights_TK, permutation, w13_e2FD, w2_eDF, backend, backend)
+    if backend == "auto" and faster("moe_mlp", x_TD, w13_e2FD, len(permutation.order_R)) == "torch":
+        return _composed(x_TD, topk_weights_TK, permutation, w13_e2FD, w2_eDF, backend, "torch")
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     x_TD, topk_weights_TK, w13_e2FD, w2_eDF = (tensor.contiguous() for tensor in tensors)
-    routing = (permutation.order_R, permutation.inverse_TK, counts_e)
+    routing = (permutation.order_R, permutation.inverse_TK, permutation.counts_E)
     return _forward(x_TD, topk_weights_TK, *routing, w13_e2FD, w2_eDF, save)[0]

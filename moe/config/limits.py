@@ -13,6 +13,10 @@ def resolve(config: Config, world_size: int = 1, cuda: bool = False) -> Config:
     _check_model(config)
     _check_ranks(config, world_size)
     _check_steps(config)
+    _require(
+        config.train.kernels != "triton" or cuda,
+        "train.kernels = 'triton' needs a GPU, and this run has none: set it to torch or auto",
+    )
     _check_balance(config)
     _check_assignment(config, world_size)
     m, t, b, o = config.model, config.train, config.balance, config.observe

@@ -135,6 +135,8 @@ class TrainSection(Section):
     """Matrix products and activations; default: bfloat16 on CUDA, float32 on CPU. Parameters stay float32."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Recompute nothing, cheap operations, or whole layers in the backward pass."""
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    """Routing, permute, experts and combine: auto takes Triton on CUDA (for the experts the faster where measured), else torch."""
     loss_chunk: Positive = 512
     """Tokens whose logits exist at one time."""
     deterministic: bool = False

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from kernels.backend import Backend
 from kernels.grouped_gemm import grouped_gemm
 
 
@@ -43,8 +44,11 @@ class SwiGLU(nn.Module):
 class Experts(nn.Module):
     """Routed experts: w13 [E, 2F, D], w2 [E, D, F]; DTensors Shard(0) over the ep mesh when there is one."""
 
-    def __init__(self, num_experts: int, dim: int, hidden_dim: int, ep_mesh: DeviceMesh | None):
+    def __init__(
+        self, num_experts: int, dim: int, hidden_dim: int, ep_mesh: DeviceMesh | None, backend: Backend = "auto"
+    ):
         super().__init__()
+        self.backend: Backend = backend
         self.w13 = self._sharded(torch.empty(num_experts, 2 * hidden_dim, dim), ep_mesh)
         self.w2 = self._sharded(torch.empty(num_experts, dim, hidden_dim), ep_mesh)
 
@@ -64,8 +68,8 @@ class Experts(nn.Module):
     def forward(self, rows_RD: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
         """rows_RD sorted by local expert -> rows_RD, same order."""
         w13, w2 = self.weights(rows_RD)
-        gate, up = grouped_gemm(rows_RD, w13, tokens_per_expert_e).chunk(2, dim=-1)
-        return grouped_gemm(F.silu(gate) * up, w2, tokens_per_expert_e)
+        gate, up = grouped_gemm(rows_RD, w13, tokens_per_expert_e, self.backend).chunk(2, dim=-1)
+        return grouped_gemm(F.silu(gate) * up, w2, tokens_per_expert_e, self.backend)
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

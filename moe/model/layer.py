@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from kernels.backend import Backend
 from kernels.moe_mlp import moe_mlp
 from kernels.permute import sort_by_expert
 from moe.balance.losses import RouterLosses
@@ -22,13 +23,18 @@ class MoELayer(nn.Module):
         super().__init__()
         m = config.model
         self.router = Router(config, layer)
-        self.experts = Experts(m.num_experts, m.dim, m.expert_hidden_dim, ranks.ep_mesh)
+        self.experts = Experts(m.num_experts, m.dim, m.expert_hidden_dim, ranks.ep_mesh, config.train.kernels)
         self.shared_experts = (
             SwiGLU(m.dim, m.num_shared_experts * m.expert_hidden_dim) if m.num_shared_experts else None
         )
         # None: every expert is on this rank.
-        self.dispatcher = AllToAllDispatcher(m.num_experts, ranks.ep_group) if ranks.ep_group is not None else None
+        self.dispatcher = (
+            AllToAllDispatcher(m.num_experts, ranks.ep_group, config.train.kernels)
+            if ranks.ep_group is not None
+            else None
+        )
         self.num_experts = m.num_experts
+        self.kernels: Backend = config.train.kernels
 
     def forward(
         self, x_TD: Tensor, token_mask_T: Tensor | None = None, token_ids_T: Tensor | None = None
@@ -36,8 +42,8 @@ class MoELayer(nn.Module):
         """x_TD -> out_TD, same dtype, with the statistics and losses of this batch; padding gets shared experts only."""
         routing = self.router(x_TD, token_mask_T, token_ids_T)
         if self.dispatcher is None:
-            permutation = sort_by_expert(routing.topk_ids_TK, self.num_experts, routing.masked)
-            out_TD = moe_mlp(x_TD, routing.topk_weights_TK, permutation, *self.experts.weights(x_TD))
+            permutation = sort_by_expert(routing.topk_ids_TK, self.num_experts, routing.masked, backend=self.kernels)
+            out_TD = moe_mlp(x_TD, routing.topk_weights_TK, permutation, *self.experts.weights(x_TD), self.kernels)
         else:
             rows_RD, plan = self.dispatcher.dispatch(x_TD, routing)
             rows_RD = self.experts(rows_RD, plan.tokens_per_local_expert_e)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.backend import fused
+from kernels.backend import Backend, fused
 from kernels.permute import count_tokens
 from kernels.route import STATISTICS, route
 from kernels.router_topk import combine_weights, router_scores, router_topk
@@ -54,6 +54,7 @@ class Router(nn.Module):
         super().__init__()
         m = self.model = config.model
         self.balance, self.seq_len, self.layer = config.balance, config.data.seq_len, layer
+        self.kernels: Backend = config.train.kernels
         self.choice = m.top_k, m.score_function, m.renormalize, m.routed_scaling_factor
         self.groups = m.num_groups, m.group_top_k
         self.needs = BALANCERS[self.balance.method].needs_of(self.balance)
@@ -78,7 +79,7 @@ class Router(nn.Module):
         logits_TE = F.linear(x_TD.float(), self.weight)
         needs = self.needs if self.training else frozenset()
         assigned = self.balance.method in ROUTES and (self.training or self.balance.method == "hash")
-        if fused(logits_TE) and not assigned:
+        if fused(logits_TE, self.kernels) and not assigned:
             weights_TK, ids_TK, scores_TE, stats = self._route_fused(logits_TE, token_mask_T, needs)
         else:
             weights_TK, ids_TK, scores_TE, stats = self._route(logits_TE, token_mask_T, token_ids_T, needs, assigned)
@@ -115,7 +116,7 @@ class Router(nn.Module):
             weights_TK, ids_TK, scores_TE, places_TK1 = router_topk(
                 logits_TE, self.expert_bias_E, *self.choice, mask_T, *self.groups, places=bool(needs & NEED_PLACES)
             )
-        counts_E = count_tokens(ids_TK, m.num_experts)
+        counts_E = count_tokens(ids_TK, m.num_experts, self.kernels)
         scores = scores_TE.detach()
         stats = collect(needs, scores, self.expert_bias_E, ids_TK, counts_E, mask_T, *self.groups, places_TK1)
         return weights_TK, ids_TK, scores_TE, stats

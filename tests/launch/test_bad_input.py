@@ -51,6 +51,8 @@ CONFIGURATION = [
     ("--model.first_k_dense 4", "model.first_k_dense = 4", "no MoE layer"),  # p05: balancing on, nothing to balance
     ("--model.first_k_dense 5 --balance.method none", "model.first_k_dense = 5", "num_layers = 4"),
     ("--model.score_function sigmod", "model.score_function", "did you mean sigmoid?"),
+    ("--train.kernels triton", "train.kernels = 'triton'", "set it to torch or auto"),
+    ("--train.kernels cuda", "train.kernels = 'cuda'", "triton"),
     ("--model.attention mla", "model.attention = 'mla'", "gqa"),
     ("--model.norm_eps 0", "model.norm_eps = 0", "> 0"),
     ("--model.num_expert 8", "model.num_expert = 8", "did you mean model.num_experts?"),

@@ -16,8 +16,8 @@ from kernels.grouped_gemm import (
     row_tiles,
 )
 from kernels.moe_mlp import moe_mlp_backward, moe_mlp_forward
-from kernels.permute import count_tokens_forward, permute_backward, permute_forward, sort_forward
-from kernels.route import route_backward, route_forward
+from kernels.permute_triton import count_tokens_forward, permute_backward, permute_forward, sort_forward
+from kernels.route_triton import route_backward, route_forward
 from kernels.router_topk import RESPONSE_BINS
 from tests.kernels.compiled.lane import SHARED_LIMIT, Build, Recorder
 
@@ -118,7 +118,7 @@ def test_compiles_without_spills_within_shared_memory(op: str, capability: int):
 
 
 @pytest.mark.parametrize("op", ["permute", "combine"])
-def test_rows_are_addressed_in_64_bits(op: str):
+def test_p19_rows_are_addressed_in_64_bits(op: str):
     """T * K * D is beyond 32 bits for 65,536 tokens of V3: no product may be cut to 32 (a widening one is not)."""
     for setting, builds in builds_of(op, 90).items():
         for build in builds:

@@ -9,7 +9,7 @@ from torch import Tensor
 from kernels.cases import Shape, choices
 from kernels.combine import combine
 from kernels.permute import sort_by_expert
-from tests.kernels.interpreted.test_ops import poisoned  # noqa: F401  (autouse)
+from tests.kernels.compare import poisoned  # noqa: F401  (autouse)
 
 IDS_TK = choices(Shape(41, 0, 0, 9, 4), "masked", 0)
 

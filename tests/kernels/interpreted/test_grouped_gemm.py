@@ -16,7 +16,6 @@ from kernels.grouped_gemm import (
     grouped_gemm_reference,
     grouped_weight_gradient,
     row_tiles,
-    table_choice,
 )
 
 
@@ -104,7 +103,7 @@ def test_gradients_that_nobody_asked_for_are_not_made(monkeypatch):
     assert grad.shape == rows.shape
 
 
-def test_addresses_of_rows_beyond_32_bits():
+def test_p19_addresses_of_rows_beyond_32_bits():
     # The rows of expert 1 begin at row 2**21 of 1,024 values: memory that is asked for and hardly touched.
     many, dim = 2**21, 1024
     rows = torch.empty(many + 3, dim, dtype=torch.bfloat16)
@@ -116,7 +115,7 @@ def test_addresses_of_rows_beyond_32_bits():
     assert close([out[many:]], [rows[many:].double() @ weight[1].double().T], torch.bfloat16)
 
 
-def test_addresses_of_gathered_tokens_beyond_32_bits():
+def test_p19_addresses_of_gathered_tokens_beyond_32_bits():
     many, dim, order = 2**21, 1024, torch.tensor([2 * 2**21 + 1, 3, -1])  # pairs of K = 2: tokens many, 1 and none
     x = torch.empty(many + 1, dim, dtype=torch.bfloat16)
     x[[1, many]] = normal(2, dim, device="cpu", dtype=torch.bfloat16, seed=0)
@@ -127,7 +126,7 @@ def test_addresses_of_gathered_tokens_beyond_32_bits():
     assert close([grouped_weight_gradient(x, left, ends, order, 2, "left")[0]], [exact.T], torch.bfloat16)
 
 
-def test_addresses_of_experts_beyond_32_bits():
+def test_p19_addresses_of_experts_beyond_32_bits():
     rows, _, counts = made([0, 3], 8, 16)
     far = torch.empty(2**31 + 128)
     weight = far.as_strided((2, 8, 16), (2**31, 16, 1))
@@ -146,19 +145,6 @@ def test_compiles_without_a_graph_break():
     compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
     for found, expected in zip(run(compiled, *arguments), run(twice, *arguments), strict=True):
         assert torch.equal(found, expected)
-
-
-def test_the_table_chooses_by_device_and_dtype(monkeypatch):
-    assert table_choice(0, "bfloat16") == "torch"  # no measurement yet
-    monkeypatch.setattr(module, "_measured", lambda: {"A card": {"bfloat16": "triton"}})
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ["A card", "Another"][index])
-    assert [table_choice(0, "bfloat16"), table_choice(0, "float32"), table_choice(1, "bfloat16")] == [
-        "triton",
-        "torch",
-        "torch",
-    ]
-    fixed = torch.compile(lambda x: x + len(table_choice(0, "bfloat16")), fullgraph=True, backend="aot_eager")
-    assert fixed(torch.zeros(())) == len("triton")
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def test_what_is_saved_is_what_the_table_says():
     assert sum(saved.values()) == tokens * saved_bytes_per_token(x.shape[1], w2.shape[2], top_k)["moe_mlp"]
 
 
-def test_addresses_beyond_32_bits():
+def test_p19_addresses_beyond_32_bits():
     # Two tokens of 2**21 + 1 have a row; the rest of x is memory that is asked for and never touched.
     many, dim, hidden, top_k = 2**21, 1024, 8, 2
     x = torch.empty(many + 1, dim, dtype=torch.bfloat16)

@@ -2,68 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from kernels.backend import fused
-from kernels.cases import OPS, TOLERANCE, Case, Op
-
-DTYPES = [torch.float32, torch.bfloat16]
-ALL = [pytest.param(op, case, id=f"{name}-{case.name}") for name, op in OPS.items() for case in op.cases]
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Fresh memory is NaN, or a large number of integers: what a kernel forgets to write shows."""
-
-    def poison(make):
-        def made(*args, **kwargs):
-            tensor = make(*args, **kwargs)
-            return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max // 2)
-
-        return made
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
-
-
-def with_gradients(fn, arguments: tuple[Any, ...], dtype: torch.dtype) -> list[Tensor]:
-    """Outputs, then gradients of the floating arguments, for an upstream gradient that depends on the place alone and is
-    exact in dtype."""
-    leaves = [a.requires_grad_() for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
-    out = fn(*arguments)
-    outs = [o for o in (out if isinstance(out, tuple) else (out,)) if isinstance(o, Tensor)]
-    real = [o for o in outs if o.requires_grad]
-    ramps = [torch.linspace(-1, 1, max(o.numel(), 2))[: o.numel()].view_as(o) for o in real]
-    upstream = [ramp.to(dtype).to(o.dtype) for ramp, o in zip(ramps, real, strict=True)]
-    return [*(o.detach() for o in outs), *torch.autograd.grad(real, leaves, upstream)]
-
-
-def wide(value: Any) -> Any:
-    """The same argument in float64."""
-    return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def differences(fn, op: Op, arguments: tuple[Any, ...], dtype: torch.dtype) -> list[str]:
-    """What is off between fn and the reference in float64, in words."""
-    found = with_gradients(fn, tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in arguments), dtype)
-    exact = with_gradients(op.reference, tuple(map(wide, arguments)), dtype)
-    assert len(found) == len(exact)
-    off = []
-    for place, (f, e) in enumerate(zip(found, exact, strict=True)):
-        if not e.is_floating_point():
-            off += [f"output {place} differs"] if not torch.equal(f.long(), e.long()) else []
-            continue
-        assert f.shape == e.shape
-        tolerance = TOLERANCE[torch.float32 if f.dtype == torch.float32 and dtype == torch.float32 else dtype]
-        error = (f.double() - e).norm() / e.norm().clamp_min(1e-30)
-        worst = (f.double() - e).abs().max() / e.abs().max().clamp_min(1e-30) if e.numel() else torch.tensor(0.0)
-        if not (error <= tolerance and worst <= 20 * tolerance):
-            off.append(f"{place}: {float(error):.2e} in norm, {float(worst):.2e} at worst, {tolerance:.2e} allowed")
-    return off
+from kernels.cases import OPS, SMALL, Case, Op, choices
+from kernels.permute import sort_by_expert
+from tests.kernels.compare import ALL, DTYPES, TWINS, differences, poisoned, with_gradients  # noqa: F401  (autouse)
 
 
 def test_the_interpreter_is_what_runs():
@@ -77,9 +25,7 @@ def test_equals_the_reference(op: Op, case: Case, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    ("op", "wrong"), [pytest.param(op, w, id=f"{name}-{w}") for name, op in OPS.items() for w in op.wrong]
-)
+@pytest.mark.parametrize(("op", "wrong"), TWINS)
 def test_p21_a_wrong_twin_is_refused(op: Op, wrong: str, dtype: torch.dtype):
     assert differences(op.wrong[wrong], op, op.cases[0].make("cpu", dtype, 0), dtype)
 
@@ -99,3 +45,17 @@ def test_strided_inputs_are_taken_for_what_they_are(op: Op):
 
     arguments = op.cases[0].make("cpu", torch.float32, 0)
     assert not differences(op.run, op, tuple(map(strided, arguments)), torch.float32)
+
+
+@pytest.mark.parametrize(("op", "case"), ALL)
+def test_p28_nothing_is_read_by_the_host(op: Op, case: Case):
+    """Fake tensors have no values: a read raises. The launchers do without them in the compile lane."""
+    arguments = case.make("cpu", torch.float32, 0)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = tree_map_only(Tensor, mode.from_tensor, arguments)
+        with_gradients(op.run, fakes, torch.float32)
+        ids_TK = mode.from_tensor(choices(SMALL["masked"][0], "masked", 0))
+        for tile in (1, 8):
+            sort_by_expert(ids_TK, 9, masked=True, tile=tile)
+    with FakeTensorMode() as mode, pytest.raises(DataDependentOutputException):
+        int(mode.from_tensor(torch.ones(1)).sum())

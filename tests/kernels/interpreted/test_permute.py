@@ -10,7 +10,6 @@ from torch import Tensor
 from kernels.cases import Shape, choices
 from kernels.combine import combine
 from kernels.permute import (
-    SORT_BLOCK,
     Permutation,
     count_tokens,
     padded_ends,
@@ -18,7 +17,8 @@ from kernels.permute import (
     regroup,
     sort_by_expert,
 )
-from tests.kernels.interpreted.test_ops import poisoned  # noqa: F401  (autouse)
+from kernels.permute_triton import SORT_BLOCK
+from tests.kernels.compare import poisoned  # noqa: F401  (autouse)
 
 IDS = [torch.int32, torch.int64]
 SORTS = {  # shape (T, E, K) and routing; pairs are odd numbers, never whole blocks, from one block to some
