@@ -236,6 +236,10 @@ class CheckpointSection(Section):
     """Steps between checkpoints; 0: only after the last step and on a signal."""
     keep: Positive = 2
     """Newest checkpoints to keep."""
+    keep_every: NonNegative = 0
+    """Keep those at a multiple of this many steps as well; 0: no others."""
+    background: bool = True
+    """Write checkpoints while training goes on; the last one and those after a signal are always waited for."""
 
 
 class ObserveSection(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from moe.observe.regret import RegretMeter
 from moe.observe.scores import ScoreRecorder, probe_scores
 from moe.observe.sinks import Sinks
 from moe.parallel import Ranks
-from moe.train import checkpoint
+from moe.train import manifest
 from moe.train.about import device_name, peak_tflops, provenance, weights_hash
 from moe.train.data import Batch, DataError, TokenData
 from moe.train.device import (
@@ -34,6 +34,8 @@ from moe.train.device import (
 from moe.train.engines import Engine, StepOutput, StepResult, build_engine
 from moe.train.evaluate import evaluate
 from moe.train.optim import learning_rate
+from moe.train.resume import Progress, restore
+from moe.train.saver import Saver
 
 
 class Outcome(NamedTuple):
@@ -41,18 +43,6 @@ class Outcome(NamedTuple):
 
     code: int
     reason: str
-
-
-@dataclass
-class Progress:
-    """Where the run stands; in every checkpoint."""
-
-    step: int = 0
-    tokens: int = 0
-    order_hash: str = ""
-    skipped: int = 0
-    skipped_in_row: int = 0
-    wandb_id: str | None = None
 
 
 class Run:
@@ -73,9 +63,10 @@ class Run:
             self.routers, config.model.top_k, o.record_from, o.record_scores, run_dir / "scores"
         )
         self.init_hash = weights_hash(self.engine.model, ranks)
+        self.saver = Saver(self.checkpoints, config.checkpoint, ranks, self.saved)
         self.progress = Progress()
         if resume:
-            self.restore()
+            restore(self)
         self.peak_tflops, self.peak_source = peak_tflops(config, ranks)
         self.clock = Clock(ranks.device)
         self.losses_3 = torch.zeros(3, dtype=torch.float64, device=ranks.device)
@@ -282,60 +273,23 @@ class Run:
         return self.data.order_hash(self.progress.order_hash, self.progress.step)
 
     def save(self) -> None:
-        """A checkpoint of this step, unless there is one."""
+        """Begin a checkpoint of this step; `saver.wait` ends it."""
         trainer = {
             "progress": asdict(self.progress),
             "next_samples": self.next_samples(),
             "identity": self.identity(),
+            "config": self.config.model_dump(),
+            "world_size": self.ranks.world_size,
             "regret_shape": self.regret_shape(),
             "init_hash": self.init_hash,
         }
-        path = checkpoint.save(
-            self.checkpoints, self.progress.step, self.state(), trainer, self.ranks, self.config.checkpoint.keep
-        )
         if self.ranks.is_main:
             self.tracker.write_npz(self.run_dir / "loads.npz")
-            self.sinks.event("save", step=self.progress.step, checkpoint=path.name)
+        self.saver.save(self.progress.step, self.state(), trainer)
 
-    def restore(self) -> None:
-        """Continue from the newest whole checkpoint. Raises CheckpointError with nothing changed when it does not fit."""
-        warnings: list[str] = []
-        path, trainer = checkpoint.find(self.checkpoints, self.ranks, warnings.append)
-        for warning in warnings:
-            print(f"warning: {warning}", flush=True)
-        saved, own = trainer["identity"], self.identity()
-        for key in own:
-            if saved.get(key) != own[key]:
-                if key == "model":
-                    theirs, ours = saved.get("model") or {}, own["model"]
-                    name = next(k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k))
-                    key, was, now = f"model.{name}", theirs.get(name), ours.get(name)
-                else:
-                    was, now = saved.get(key), own[key]
-                raise checkpoint.CheckpointError(
-                    f"{key} = {now!r} differs from {was!r} of checkpoint {path.name}: set it back, or start a new run.name"
-                )
-        progress = Progress(**trainer["progress"])
-        if trainer["next_samples"] != self.data.order_hash(progress.order_hash, progress.step):
-            raise checkpoint.CheckpointError(
-                f"the samples after step {progress.step:,} are not those of checkpoint {path.name}, which another version "
-                "wrote: use the alf-moe version of its run.json, or start a new run.name"
-            )
-        state = self.state()
-        if trainer.get("regret_shape") != self.regret_shape():
-            state.pop("regret", None)
-            print(
-                "warning: the measurement of the regret starts anew: its settings are not the checkpoint's", flush=True
-            )
-        checkpoint.load(path, state, self.ranks)
-        self.engine.load_state_dict(state["engine"])
-        self.balancer.load_state_dict(state["balancer"])
-        self.balancer.publish(list(self.routers.values()))
-        self.tracker.load_state_dict(state["tracker"])
-        if self.regret is not None and "regret" in state:
-            self.regret.load_state_dict(state["regret"])
-        self.tracker.read_npz(self.run_dir / "loads.npz", progress.step)
-        self.progress = progress
+    def saved(self, path: Path) -> None:
+        """A checkpoint is published; rank 0, in the saver's thread."""
+        self.sinks.event("save", step=manifest.step_of(path.name), checkpoint=path.name)
 
 
 def train(config: Config, ranks: Ranks, run_dir: Path, resume: bool) -> Outcome:
@@ -364,7 +318,7 @@ def run_steps(run: Run, signals: StopSignal) -> Outcome:
     while p.step < c.train.steps:
         profiler.before(p.step)
         with run.clock.step():
-            done, stop = run.train_step(signals.requested)
+            done, stop = run.train_step(signals.requested or run.saver.failed)
         profiler.after(p.step - 1)
         if p.step % c.observe.log_every == 0 or p.step == c.train.steps or not done.applied:
             run.log(done)
@@ -373,6 +327,7 @@ def run_steps(run: Run, signals: StopSignal) -> Outcome:
         if p.skipped_in_row >= c.train.max_skipped_steps:
             run.recorder.write(run.ranks)
             run.save()
+            run.saver.wait()
             return Outcome(
                 4,
                 f"the gradient was not finite in {p.skipped_in_row} steps in a row "
@@ -380,8 +335,10 @@ def run_steps(run: Run, signals: StopSignal) -> Outcome:
                 f"the weights are saved as they were before; lower optim.lr and --resume",
             )
         if stop:
+            run.saver.wait()  # a save that failed on any rank asks to stop, and ends the run here on all of them
             run.recorder.write(run.ranks)
             run.save()
+            run.saver.wait()
             return Outcome(75, f"stopped by a signal after step {p.step}; saved: continue with --resume")
         if c.checkpoint.every and p.step % c.checkpoint.every == 0:
             run.save()
@@ -391,6 +348,7 @@ def run_steps(run: Run, signals: StopSignal) -> Outcome:
     run.recorder.write(run.ranks)
     if saved_at != p.step:
         run.save()
+    run.saver.wait()
     run.evaluate()
     return Outcome(0, "done")
 
