@@ -49,7 +49,9 @@ def go_on(run):
 
 
 def _settings(data, n, ep):
-    return config(data, n, parallel__ep=ep, train__steps=STEPS + MORE, balance__method="proportional", balance__rate=0.1)
+    return config(
+        data, n, parallel__ep=ep, train__steps=STEPS + MORE, balance__method="proportional", balance__rate=0.1
+    )
 
 
 def _load(ranks, data, folder):
