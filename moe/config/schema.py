@@ -140,7 +140,11 @@ class TrainSection(Section):
     deterministic: bool = False
     """Bitwise reproducible kernels where torch offers them; prints the flags that it sets."""
     max_skipped_steps: Positive = 10
-    """Stop (exit code 4) after this many steps in a row with a loss or gradient that is not finite."""
+    """Stop (exit code 4) after this many skipped steps in a row: gradient not finite, or spike_sigma."""
+    spike_sigma: NonNegativeFloat = 6.0
+    """Skip a step whose loss is above the mean of the last 128 by this many of their standard deviations; 0: never."""
+    timeout_s: PositiveFloat = 600.0
+    """Seconds without progress of a rank, after which the missing rank and all stacks are reported and the run ends."""
     profile: bool = False
     """Write a profiler trace (and on CUDA a memory snapshot) of steps 6 to 8 into the run folder."""
     engine: Literal["native"] = "native"

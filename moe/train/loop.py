@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import uuid
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,9 +35,11 @@ from moe.train.device import (
 )
 from moe.train.engines import Engine, StepOutput, StepResult, build_engine
 from moe.train.evaluate import evaluate
+from moe.train.guard import SpikeGuard
 from moe.train.optim import learning_rate
 from moe.train.resume import Progress, restore
 from moe.train.saver import Saver
+from moe.train.watchdog import Watchdog
 
 
 class Outcome(NamedTuple):
@@ -63,10 +67,12 @@ class Run:
             self.routers, config.model.top_k, o.record_from, o.record_scores, run_dir / "scores"
         )
         self.init_hash = weights_hash(self.engine.model, ranks)
+        self.watchdog = Watchdog(ranks, run_dir, config.train.timeout_s)
         self.saver = Saver(self.checkpoints, config.checkpoint, ranks, self.saved)
         self.progress = Progress()
         if resume:
             restore(self)
+        self.guard, self.spiked = SpikeGuard(config.train.spike_sigma, self.progress.losses), False
         self.peak_tflops, self.peak_source = peak_tflops(config, ranks)
         self.clock = Clock(ranks.device)
         self.losses_3 = torch.zeros(3, dtype=torch.float64, device=ranks.device)
@@ -103,7 +109,9 @@ class Run:
         """One optimizer step in the order things happen; returns what was done and whether any rank asks to stop."""
         c = self.config
         self.engine.set_lr(learning_rate(c.optim, c.train.steps, self.progress.step))
+        self.watchdog.at(f"step {self.progress.step + 1:,}, data")
         batches = self.micro_batches()
+        self.watchdog.at(f"step {self.progress.step + 1:,}")
         if self.regret is not None and self.progress.step % c.observe.regret_every == 0:
             with self.clock.regret():
                 self.probe_regret(self.regret, batches)
@@ -113,7 +121,8 @@ class Run:
             summing = self.ranks.start_balance_sum(
                 out.stats, stop_requested
             )  # ONE all-reduce, while the optimizer steps
-        done = self.engine.step()
+        self.spiked = not self.guard.allows(self.mean_ce(out))
+        done = self.skip() if self.spiked else self.engine.step()
         with self.clock.balance():
             stats, stop = summing.wait()
             if done.applied:
@@ -149,6 +158,18 @@ class Run:
                 break
         scores_LTE = probe_scores(self.engine.model, parts, ranks)
         meter.observe(scores_LTE, self.balancer.bias_LE, ranks)
+
+    def mean_ce(self, out: StepOutput) -> float:
+        """Cross-entropy of the global batch, equal on all ranks; 0 where nobody asks for it: it costs an all-reduce."""
+        if not self.guard.sigma:
+            return 0.0
+        return float(self.ranks.sum(out.losses_3[0].double()) / out.tokens)
+
+    def skip(self) -> StepResult:
+        """Forget the gradients of a step whose loss stands out."""
+        self.engine.model.zero_grad()
+        self.progress.spikes += 1
+        return StepResult(math.nan, False)
 
     def advance(self, out: StepOutput, done: StepResult) -> None:
         """Count the step."""
@@ -187,6 +208,7 @@ class Run:
             "optim/lr": learning_rate(self.config.optim, self.config.train.steps, p.step - 1),
             "optim/grad_norm": done.grad_norm,
             "optim/skipped_steps": p.skipped,
+            "optim/loss_spikes": p.spikes,
             "speed/tokens_per_s": tokens_per_s,
             "speed/step_s": seconds / steps,
             "speed/balance_share": balance_seconds / seconds,
@@ -202,7 +224,7 @@ class Run:
         """Held-out loss and load, the bias frozen."""
         e, ranks = self.config.evaluate, self.ranks
         batches = self.data.val_batches(e.batch_size, ranks.rank, ranks.world_size, e.max_tokens)
-        found = evaluate(self.engine.model, batches, ranks)
+        found = evaluate(self.engine.model, self.watched(batches), ranks)
         self.val_ce = found.ce
         metrics = {
             "train/step": self.progress.step,
@@ -213,6 +235,12 @@ class Run:
             **self.tracker.val_metrics(found.tokens_per_expert_LE),
         }
         self.sinks.write(metrics)
+
+    def watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same; each is progress."""
+        for index, batch in enumerate(batches):
+            self.watchdog.at(f"evaluation after step {self.progress.step:,}, batch {index + 1}")
+            yield batch
 
     def describe(self) -> dict[str, Any]:
         """What the start-up block and run.json say."""
@@ -285,6 +313,7 @@ class Run:
         }
         if self.ranks.is_main:
             self.tracker.write_npz(self.run_dir / "loads.npz")
+        self.watchdog.at(f"checkpoint after step {self.progress.step:,}")
         self.saver.save(self.progress.step, self.state(), trainer)
 
     def saved(self, path: Path) -> None:
@@ -305,7 +334,8 @@ def train(config: Config, ranks: Ranks, run_dir: Path, resume: bool) -> Outcome:
             about = {"run_id": uuid.uuid4().hex, **provenance(), **run.describe()}
             (run_dir / "run.json").write_text(json.dumps(about, indent=1))
         run.sinks.event("resume" if resume else "start", step=run.progress.step, **provenance())
-    outcome = run_steps(run, signals)
+    with run.watchdog:
+        outcome = run_steps(run, signals)
     run.sinks.finish(summary(run, outcome))
     return outcome
 
@@ -323,15 +353,16 @@ def run_steps(run: Run, signals: StopSignal) -> Outcome:
         if p.step % c.observe.log_every == 0 or p.step == c.train.steps or not done.applied:
             run.log(done)
         if not done.applied:
-            run.sinks.event("skip", step=p.step, grad_norm=str(done.grad_norm))
+            why = "loss spike" if run.spiked else "gradient not finite"
+            run.sinks.event("skip", step=p.step, why=why, grad_norm=str(done.grad_norm))
         if p.skipped_in_row >= c.train.max_skipped_steps:
             run.recorder.write(run.ranks)
             run.save()
             run.saver.wait()
             return Outcome(
                 4,
-                f"the gradient was not finite in {p.skipped_in_row} steps in a row "
-                f"(train.max_skipped_steps = {c.train.max_skipped_steps}) at step {p.step}: "
+                f"{p.skipped_in_row} steps in a row were skipped, because the gradient was not finite or the loss a spike "
+                f"(train.max_skipped_steps = {c.train.max_skipped_steps}), at step {p.step}: "
                 f"the weights are saved as they were before; lower optim.lr and --resume",
             )
         if stop:

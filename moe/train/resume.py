@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moe.train import checkpoint
@@ -22,6 +22,8 @@ class Progress:
     skipped: int = 0
     skipped_in_row: int = 0
     wandb_id: str | None = None
+    spikes: int = 0
+    losses: list[float] = field(default_factory=list)
 
 
 def restore(run: Run) -> None:
