@@ -26,10 +26,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from moe.train import manifest
-from moe.train.contents import read_tensors, verify_all
+from moe.train.contents import read_tensors, same_bits, verify_all
 from tests.corpus import make_token_folder
 
 ROOT = Path(__file__).parents[1]
@@ -98,21 +96,23 @@ def start(words: list[str], folder: Path, *more: str) -> subprocess.Popen:
 
 def torture(words: list[str], folder: Path, kills: int, rng: random.Random) -> Found:
     """Kill until `kills` are done, then let the run end."""
-    run, found = folder / "torture", Found()
-    process = start(words, folder)
-    checked = 0
-    while process.poll() is None or sum(found.kills.values()) < kills:
-        checked = check_resumes(run, found, checked)
-        if process.poll() is not None:
-            if (run / "exit.json").exists():
-                break  # the run is over
-            again = "--resume" if manifest.steps(run / "checkpoints") else "--clean"
-            process = start(words, folder, again)
-        elif sum(found.kills.values()) < kills:
-            kill_one(process, run, found, rng)
-        else:
-            wait(process.wait, "the end of the run")
-    check_resumes(run, found, checked)
+    run, found, checked = folder / "torture", Found(), 0
+    lives = [start(words, folder)]
+    try:
+        while lives[-1].poll() is None or not (run / "exit.json").exists():
+            checked = check_resumes(run, found, checked)
+            if lives[-1].poll() is not None:
+                again = "--resume" if manifest.steps(run / "checkpoints") else "--clean"
+                lives.append(start(words, folder, again))
+            elif sum(found.kills.values()) < kills:
+                kill_one(lives[-1], run, found, rng)
+            else:
+                grown = lines(run)
+                until(lives[-1], 0.5, lambda grown=grown: lines(run) > grown)
+        check_resumes(run, found, checked)
+    finally:
+        for pid in children(lives[-1].pid):  # after an error: torchrun takes its workers with it
+            os.kill(pid, signal.SIGKILL)
     return found
 
 
@@ -241,15 +241,12 @@ def compare(calm: Path, tortured: Path) -> list[str]:
         return damaged
     a, b = map(read_tensors, paths)
     different = [
-        name for name in sorted(a.keys() | b.keys()) if name not in a or name not in b or not equal(a[name], b[name])
+        name
+        for name in sorted(a.keys() | b.keys())
+        if name not in a or name not in b or not same_bits(a[name], b[name])
     ]
     one, other = (json.loads((path / "trainer.json").read_text()) for path in paths)
     return different + [key for key in ("progress", "next_samples", "init_hash") if one[key] != other[key]]
-
-
-def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Bit for bit."""
-    return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
 
 
 def table(found: Found, mismatches: list[str], seconds: float) -> str:

@@ -87,7 +87,7 @@ def run(config: Config, run_dir: Path, resume: bool) -> Outcome:
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     resume = resume or (restarted and has_checkpoint(run_dir / "checkpoints"))
     ranks = build_ranks(rank, world_size, device, config.parallel.ep)
-    return train(config, ranks, run_dir, resume)
+    return train(config, ranks, run_dir, resume, process_start())
 
 
 def die_with_parent() -> None:
@@ -96,6 +96,13 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def process_start() -> float:
+    """time.time() when this process began: importing torch is part of a run's time."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    age = float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - age
 
 
 def others_refuse(rank: int) -> bool:

@@ -32,6 +32,13 @@ def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal dtype, shape and bytes: 0.0 is not -0.0, and a NaN is itself."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(*(x.contiguous().reshape(-1).view(torch.uint8) for x in (a, b)))
+
+
 def verify_all(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None: its files, then the experts against the census."""
     if problem := manifest.verify(checkpoint):

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import statistics
 
+from moe.parallel import Ranks
+from moe.train.engines import StepOutput
+
 WINDOW = 128  # losses; with fewer the spread is not known and nothing is refused
+
+
+def mean_ce(out: StepOutput, ranks: Ranks) -> float:
+    """Cross-entropy of the global batch in nats per token, equal on all ranks; an all-reduce of one number."""
+    return float(ranks.sum(out.losses_3[0].double()) / out.tokens)
 
 
 class SpikeGuard:

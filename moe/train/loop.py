@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import time
 import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from moe.balance.dual import sampling_floor
 from moe.config import Config, to_toml
 from moe.model.loss import IGNORED
 from moe.observe import cost, load
+from moe.observe.goodput import Goodput
 from moe.observe.regret import RegretMeter
 from moe.observe.scores import ScoreRecorder, probe_scores
 from moe.observe.sinks import Sinks
@@ -35,9 +36,9 @@ from moe.train.device import (
 )
 from moe.train.engines import Engine, StepOutput, StepResult, build_engine
 from moe.train.evaluate import evaluate
-from moe.train.guard import SpikeGuard
+from moe.train.guard import SpikeGuard, mean_ce
 from moe.train.optim import learning_rate
-from moe.train.resume import Progress, restore
+from moe.train.resume import Progress, restore, trainer_json
 from moe.train.saver import Saver
 from moe.train.watchdog import Watchdog
 
@@ -52,7 +53,8 @@ class Outcome(NamedTuple):
 class Run:
     """The parts of one run on this rank."""
 
-    def __init__(self, config: Config, ranks: Ranks, run_dir: Path, resume: bool):
+    def __init__(self, config: Config, ranks: Ranks, run_dir: Path, resume: bool, began: float | None = None):
+        self.goodput = Goodput(time.time() if began is None else began, run_dir / "events.jsonl")
         self.config, self.ranks, self.run_dir = config, ranks, run_dir
         self.flags = set_deterministic() if config.train.deterministic else []
         self.data = self._open_data()
@@ -63,9 +65,8 @@ class Run:
         self.tracker = load.LoadTracker(layers, experts, config.model.top_k, config.parallel.ep, ranks.device)
         self.regret = self._regret_meter(layers)
         o = config.observe
-        self.recorder = ScoreRecorder(
-            self.routers, config.model.top_k, o.record_from, o.record_scores, run_dir / "scores"
-        )
+        scores = run_dir / "scores"
+        self.recorder = ScoreRecorder(self.routers, config.model.top_k, o.record_from, o.record_scores, scores)
         self.init_hash = weights_hash(self.engine.model, ranks)
         self.watchdog = Watchdog(ranks, run_dir, config.train.timeout_s)
         self.saver = Saver(self.checkpoints, config.checkpoint, ranks, self.saved)
@@ -110,7 +111,8 @@ class Run:
         c = self.config
         self.engine.set_lr(learning_rate(c.optim, c.train.steps, self.progress.step))
         self.watchdog.at(f"step {self.progress.step + 1:,}, data")
-        batches = self.micro_batches()
+        with self.goodput.part("data_wait"):
+            batches = self.micro_batches()
         self.watchdog.at(f"step {self.progress.step + 1:,}")
         if self.regret is not None and self.progress.step % c.observe.regret_every == 0:
             with self.clock.regret():
@@ -118,10 +120,9 @@ class Run:
         with self.recorder.step(self.progress.step + 1, self.ranks):
             out = self.engine.forward_backward(batches)
         with self.clock.balance():
-            summing = self.ranks.start_balance_sum(
-                out.stats, stop_requested
-            )  # ONE all-reduce, while the optimizer steps
-        self.spiked = not self.guard.allows(self.mean_ce(out))
+            # ONE all-reduce, while the optimizer steps
+            summing = self.ranks.start_balance_sum(out.stats, stop_requested)
+        self.spiked = self.guard.sigma > 0 and not self.guard.allows(mean_ce(out, self.ranks))
         done = self.skip() if self.spiked else self.engine.step()
         with self.clock.balance():
             stats, stop = summing.wait()
@@ -159,12 +160,6 @@ class Run:
         scores_LTE = probe_scores(self.engine.model, parts, ranks)
         meter.observe(scores_LTE, self.balancer.bias_LE, ranks)
 
-    def mean_ce(self, out: StepOutput) -> float:
-        """Cross-entropy of the global batch, equal on all ranks; 0 where nobody asks for it: it costs an all-reduce."""
-        if not self.guard.sigma:
-            return 0.0
-        return float(self.ranks.sum(out.losses_3[0].double()) / out.tokens)
-
     def skip(self) -> StepResult:
         """Forget the gradients of a step whose loss stands out."""
         self.engine.model.zero_grad()
@@ -196,6 +191,8 @@ class Run:
         steps, seconds, balance_seconds, regret_seconds = self.clock.take()
         tokens_per_s = steps * self.config.tokens_per_step / seconds
         flops = cost.flops_per_token(self.config)
+        waiting = 1 - 1 / metrics.get("moe/straggler_batch/mean", 1.0)
+        self.goodput.imbalanced(seconds * cost.routed_share(self.config) * waiting)
         memory = max(self.ranks.gather_objects(peak_memory_gib(self.ranks.device)))
         p = self.progress
         metrics |= {
@@ -216,6 +213,7 @@ class Run:
             "speed/tflops": tokens_per_s * flops / 1e12,
             "speed/mfu": cost.mfu(tokens_per_s, flops, self.peak_tflops),
             "memory/peak_gib": memory,
+            **self.goodput.metrics(),
         }
         self.sinks.write(metrics)
         self.sinks.image({"train/step": p.step, "train/tokens": p.tokens}, self.tracker.last_load())
@@ -224,7 +222,8 @@ class Run:
         """Held-out loss and load, the bias frozen."""
         e, ranks = self.config.evaluate, self.ranks
         batches = self.data.val_batches(e.batch_size, ranks.rank, ranks.world_size, e.max_tokens)
-        found = evaluate(self.engine.model, self.watched(batches), ranks)
+        with self.goodput.part("evaluation"):
+            found = evaluate(self.engine.model, self.watched(batches), ranks)
         self.val_ce = found.ce
         metrics = {
             "train/step": self.progress.step,
@@ -301,33 +300,33 @@ class Run:
         return self.data.order_hash(self.progress.order_hash, self.progress.step)
 
     def save(self) -> None:
-        """Begin a checkpoint of this step; `saver.wait` ends it."""
-        trainer = {
-            "progress": asdict(self.progress),
-            "next_samples": self.next_samples(),
-            "identity": self.identity(),
-            "config": self.config.model_dump(),
-            "world_size": self.ranks.world_size,
-            "regret_shape": self.regret_shape(),
-            "init_hash": self.init_hash,
-        }
+        """Begin a checkpoint of this step; `settle` ends it."""
         if self.ranks.is_main:
             self.tracker.write_npz(self.run_dir / "loads.npz")
         self.watchdog.at(f"checkpoint after step {self.progress.step:,}")
-        self.saver.save(self.progress.step, self.state(), trainer)
+        with self.goodput.part("checkpoint"):
+            self.saver.save(self.progress.step, self.state(), trainer_json(self))
+
+    def settle(self) -> None:
+        """Until the checkpoint that was begun is published. Raises CheckpointError, on all ranks, when it cannot be."""
+        with self.goodput.part("checkpoint"):
+            self.saver.wait()
 
     def saved(self, path: Path) -> None:
         """A checkpoint is published; rank 0, in the saver's thread."""
         self.sinks.event("save", step=manifest.step_of(path.name), checkpoint=path.name)
 
 
-def train(config: Config, ranks: Ranks, run_dir: Path, resume: bool) -> Outcome:
-    """Train to the end, to a signal or to the loss guard. Raises DataError and CheckpointError before the first step."""
+def train(config: Config, ranks: Ranks, run_dir: Path, resume: bool, began: float | None = None) -> Outcome:
+    """Train to the end, to a signal or to the loss guard; began: time.time() of the start of the process.
+
+    Raises DataError and CheckpointError.
+    """
     signals = StopSignal()
     if ranks.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
     ranks.barrier()
-    run = Run(config, ranks, run_dir, resume)
+    run = Run(config, ranks, run_dir, resume, began)
     if ranks.is_main:
         (run_dir / "config.toml").write_text(to_toml(config))
         if not resume:  # a run keeps its identity; what resumed it is in events.jsonl
@@ -347,7 +346,7 @@ def run_steps(run: Run, signals: StopSignal) -> Outcome:
     saved_at = p.step
     while p.step < c.train.steps:
         profiler.before(p.step)
-        with run.clock.step():
+        with run.goodput.part("productive"), run.clock.step():
             done, stop = run.train_step(signals.requested or run.saver.failed)
         profiler.after(p.step - 1)
         if p.step % c.observe.log_every == 0 or p.step == c.train.steps or not done.applied:
@@ -358,7 +357,7 @@ def run_steps(run: Run, signals: StopSignal) -> Outcome:
         if p.skipped_in_row >= c.train.max_skipped_steps:
             run.recorder.write(run.ranks)
             run.save()
-            run.saver.wait()
+            run.settle()
             return Outcome(
                 4,
                 f"{p.skipped_in_row} steps in a row were skipped, because the gradient was not finite or the loss a spike "
@@ -366,10 +365,10 @@ def run_steps(run: Run, signals: StopSignal) -> Outcome:
                 f"the weights are saved as they were before; lower optim.lr and --resume",
             )
         if stop:
-            run.saver.wait()  # a save that failed on any rank asks to stop, and ends the run here on all of them
+            run.settle()  # a save that failed on any rank asks to stop, and ends the run here on all of them
             run.recorder.write(run.ranks)
             run.save()
-            run.saver.wait()
+            run.settle()
             return Outcome(75, f"stopped by a signal after step {p.step}; saved: continue with --resume")
         if c.checkpoint.every and p.step % c.checkpoint.every == 0:
             run.save()
@@ -379,7 +378,7 @@ def run_steps(run: Run, signals: StopSignal) -> Outcome:
     run.recorder.write(run.ranks)
     if saved_at != p.step:
         run.save()
-    run.saver.wait()
+    run.settle()
     run.evaluate()
     return Outcome(0, "done")
 
@@ -394,6 +393,7 @@ def summary(run: Run, outcome: Outcome) -> dict[str, Any]:
         "val/ce": run.val_ce,
         "skipped_steps": run.progress.skipped,
         "late_maxvio": {f"layer_{layer:02d}": v for layer, v in zip(run.routers, late_L, strict=True)},
+        "goodput": {name.removeprefix("goodput/"): share for name, share in run.goodput.metrics().items()},
         "idle_late": load.late_idle(run.tracker.history(), share=0.2),
         "run_dir": str(run.run_dir),
     }

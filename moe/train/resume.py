@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moe.train import checkpoint
@@ -26,6 +26,20 @@ class Progress:
     losses: list[float] = field(default_factory=list)
 
 
+def trainer_json(run: Run) -> dict[str, Any]:
+    """What a checkpoint says of its run, in JSON."""
+    return {
+        "progress": asdict(run.progress),
+        "next_samples": run.next_samples(),
+        "identity": run.identity(),
+        "config": run.config.model_dump(),
+        "world_size": run.ranks.world_size,
+        "regret_shape": run.regret_shape(),
+        "init_hash": run.init_hash,
+        "goodput": run.goodput.state(),
+    }
+
+
 def restore(run: Run) -> None:
     """Continue from the newest whole checkpoint that this configuration can take; every one passed over is a line.
 
@@ -47,6 +61,7 @@ def restore(run: Run) -> None:
         take(run, state)
         run.tracker.read_npz(run.run_dir / "loads.npz", progress.step)
         run.progress = progress
+        run.goodput.resume(found.trainer["goodput"])
         return
     raise first_problem or checkpoint.none_whole(run.checkpoints)
 

@@ -23,7 +23,7 @@ def start(monkeypatch, tmp_path):
     calls = []
 
     def begin(outcome, *words):
-        def train(config, ranks, run_dir, resume):
+        def train(config, ranks, run_dir, resume, began):
             calls.append((config, run_dir, resume))
             if isinstance(outcome, Exception):
                 raise outcome
