@@ -295,8 +295,10 @@ def test_a_failure_in_the_background_is_raised_by_the_next_call(tmp_path, monkey
     monkeypatch.setattr(FileSystemWriter, "write_data", full)
     assert not saver.failed
     saver.save(2, {"a": torch.zeros(3)}, {})
-    while not saver.failed:
+    until = time.monotonic() + 10
+    while not saver.failed and time.monotonic() < until:
         time.sleep(0.01)
+    assert saver.failed
     for again in (saver.wait, lambda: saver.save(3, {"a": torch.zeros(3)}, {})):
         with pytest.raises(CheckpointError, match=r"step 2 could not be written .*No space left on device"):
             again()
