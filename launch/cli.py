@@ -12,6 +12,8 @@ COMMANDS = {
     "train": ("launch.train", "train a model on the processes of this machine"),
     "prepare": ("launch.prepare", "turn a corpus into a tokenizer and token files"),
     "compare": ("launch.compare", "train several balancing methods on paired seeds, and compare them"),
+    "ckpt": ("launch.ckpt", "list, verify and compare checkpoints"),
+    "doctor": ("launch.doctor", "check this machine: versions, devices, collectives, disk, data"),
     "theory": ("launch.theory", "run balancing rules on score streams beside the theory's bounds"),
 }
 

@@ -241,6 +241,9 @@ def run(options: Options, nproc: int, run_dir: Path) -> int:
     """Start torchrun, pass signals on, wait; the exit code is the workers' own where they left one."""
     logs = run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(logs / "hang", ignore_errors=True)  # of an earlier start, like the notes of failures
+    for note in logs.glob("failure-*.json"):
+        note.unlink()
     signals: list[int] = []
     process: subprocess.Popen | None = None
 
@@ -294,7 +297,10 @@ def _sort_stderr(lines: IO[str], log: Path) -> None:
 def finish(run_dir: Path, code: int, signalled: bool, options: Options) -> int:
     """The exit code; a crash is told in one block."""
     try:
-        return int(json.loads((run_dir / "exit.json").read_text())["code"])
+        left = json.loads((run_dir / "exit.json").read_text())
+        if left.get("rank"):  # one rank alone, and not the one whose stderr is the console
+            print(f"error: {left['reason']}", file=sys.stderr)
+        return int(left["code"])
     except FileNotFoundError:
         pass
     except (ValueError, KeyError, TypeError, OSError) as error:
@@ -316,7 +322,10 @@ def finish(run_dir: Path, code: int, signalled: bool, options: Options) -> int:
 
 
 def crash_report(run_dir: Path) -> str:
-    """The first failing rank, its exception, the last logged step and where to read on."""
+    """The first failing rank, its exception, the last logged step and where to read on; or who is missing in a hang."""
+    hang = run_dir / "logs" / "hang" / "report.txt"
+    if hang.exists():
+        return f"error: {hang.read_text()}\n  last step   {last_step(run_dir)}"
     rank, cause, log = first_failure(run_dir / "logs")
     lines = [f"error: a worker crashed ({'rank ' + str(rank) if rank is not None else 'unknown rank'})"]
     lines += [f"  exception   {cause}", f"  last step   {last_step(run_dir)}", f"  log         {log}"]
@@ -327,12 +336,18 @@ def first_failure(logs: Path) -> tuple[int | None, str, Path]:
     """(rank, exception, log file) of the worker that failed first, by torchrun's report and the workers' stderr."""
     own = logs / "torchrun.log"
     report = own.read_text(errors="replace") if own.exists() else ""
-    root = report.rpartition("Root Cause")[2]
-    found = re.search(r"rank\s*: \d+ \(local_rank: (\d+)\)\s*exitcode\s*: (-?\d+)", root)
-    if found is None:
+    last = report.rpartition("Failures:")[2]
+    failed = [(int(r), int(c)) for r, c in re.findall(r"\(local_rank: (\d+)\)\s*exitcode\s*: (-?\d+)", last)]
+    if not failed:
         last = report.strip().splitlines()[-1:] or ["torchrun ended without a word"]
         return None, last[0], own
-    rank, code = int(found[1]), int(found[2])
+    # The root cause is what torchrun saw first, and it looks now and then: the others fail of the same failure in that
+    # time. First is who was killed (by another signal than torchrun's own), then who noted the earliest exception.
+    rank, code = next((one for one in failed if one[1] < 0 and one[1] != -signal.SIGTERM), failed[-1])
+    notes = [json.loads(file.read_text()) for file in logs.glob("failure-*.json")]
+    if code > 0 and notes:
+        newest = max(note["attempt"] for note in notes)
+        rank = min((n for n in notes if n["attempt"] == newest), key=lambda note: note["time"])["rank"]
     attempts = sorted(logs.glob(f"*/attempt_*/{rank}/stderr.log"), key=lambda path: path.stat().st_mtime)
     log = attempts[-1] if attempts else own
     if code < 0:

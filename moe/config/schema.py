@@ -142,7 +142,11 @@ class TrainSection(Section):
     deterministic: bool = False
     """Bitwise reproducible kernels where torch offers them; prints the flags that it sets."""
     max_skipped_steps: Positive = 10
-    """Stop (exit code 4) after this many steps in a row with a loss or gradient that is not finite."""
+    """Stop (exit code 4) after this many skipped steps in a row: gradient not finite, or spike_sigma."""
+    spike_sigma: NonNegativeFloat = 6.0
+    """Skip a step whose loss is above the mean of the last 128 by this many of their standard deviations; 0: never."""
+    timeout_s: PositiveFloat = 600.0
+    """Seconds without progress of a rank, after which the missing rank and all stacks are reported and the run ends."""
     profile: bool = False
     """Write a profiler trace (and on CUDA a memory snapshot) of steps 6 to 8 into the run folder."""
     engine: Literal["native"] = "native"
@@ -238,6 +242,10 @@ class CheckpointSection(Section):
     """Steps between checkpoints; 0: only after the last step and on a signal."""
     keep: Positive = 2
     """Newest checkpoints to keep."""
+    keep_every: NonNegative = 0
+    """Keep those at a multiple of this many steps as well; 0: no others."""
+    background: bool = True
+    """Write checkpoints while training goes on; the last one and those after a signal are always waited for."""
 
 
 class ObserveSection(Section):

@@ -68,6 +68,13 @@ def flops_per_token(config: Config) -> float:
     return 6.0 * matrices + 6.0 * m.num_layers * config.data.seq_len * m.num_heads * head_dim
 
 
+def routed_share(config: Config) -> float:
+    """Share of the FLOPs of a token in its K routed experts: what an imbalance between ranks stretches."""
+    m = config.model
+    routed = 6.0 * config.num_moe_layers * m.top_k * 3 * m.dim * m.expert_hidden_dim
+    return routed / flops_per_token(config)
+
+
 def mfu(tokens_per_s: float, flops: float, peak_tflops: float) -> float:
     """Model FLOPs utilisation on active parameters: a share of the peak of all devices together."""
     return tokens_per_s * flops / (peak_tflops * 1e12)

@@ -9,19 +9,21 @@ A checkpoint is trusted input: the manifest proves that it is whole, not where i
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import torch.distributed.checkpoint as dcp
 
 from moe.parallel import Ranks
-from moe.train.folder import file_hash
+from moe.train import manifest
+from moe.train.census import expert_census
+from moe.train.manifest import verify
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DCP_FAILURES = (Exception, dcp.api.CheckpointException)  # the latter is a BaseException
 
 
@@ -29,142 +31,167 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used; its text is one sentence for the user. Exit code 5."""
 
 
-def save(folder: Path, step: int, state: dict[str, Any], trainer: dict[str, Any], ranks: Ranks, keep: int) -> Path:
-    """Write `state` (tensors, sharded or equal on all ranks) and `trainer` (JSON), publish, delete all but `keep`.
+class Found(NamedTuple):
+    """A checkpoint whose files agree with its manifest."""
+
+    path: Path
+    trainer: dict[str, Any]
+    census: dict[str, list[str]]
+
+
+def save(
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    trainer: dict[str, Any],
+    ranks: Ranks,
+    keep: int,
+    keep_every: int = 0,
+) -> Path:
+    """Write `state` (tensors, sharded or equal on all ranks) and `trainer` (JSON), publish, delete the outdated ones.
 
     Called by all ranks; raises CheckpointError on all of them when one fails, with the older checkpoints untouched.
     """
     final = folder / f"step-{step:08d}"
     partial = folder / f".partial-step-{step:08d}"
+    what = f"checkpoint of step {step}"
 
     def prepare() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in folder.glob(".partial-step-*"):  # of a save that was killed
+            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
+        needed, free = state_bytes(state), shutil.disk_usage(folder).free
+        if free < needed:
+            raise OSError(f"it takes {needed:,} bytes and {free:,} are free")
 
     def publish() -> None:
         trainer_file = partial / "trainer.json"
-        trainer_file.write_text(json.dumps({"format_version": FORMAT_VERSION, "step": step, **trainer}, indent=1))
-        _write_manifest(partial)
+        about = {"format_version": FORMAT_VERSION, "step": step, "time": time.time(), **trainer}
+        trainer_file.write_text(json.dumps(about, indent=1))
+        files = manifest.describe(partial, [trainer_file, partial / "state" / ".metadata"])
+        manifest.write(partial, files | {k: v for part in parts for k, v in part.items()}, census)
         shutil.rmtree(final, ignore_errors=True)  # only a damaged one can be there: whole ones are resumed from
         partial.rename(final)
-        _sync_folder(folder)  # the new name survives a power cut before older checkpoints go
-        _replace(folder / "LATEST", final.name)
-        for old in _steps(folder)[:-keep]:
+        manifest.sync_folder(folder)  # the new name survives a power cut before older checkpoints go
+        manifest.replace(folder / "LATEST", final.name)
+        for old in manifest.outdated(manifest.steps(folder), keep, keep_every):
             shutil.rmtree(folder / old)
 
-    _on_main(ranks, prepare, f"checkpoint of step {step}")
+    _on_main(ranks, prepare, what)
     try:
-        dcp.save(state, checkpoint_id=partial / "state", no_dist=ranks.dp_group is None)
+        dcp.save(state, checkpoint_id=partial / "state", process_group=ranks.dp_group, no_dist=ranks.dp_group is None)
     except DCP_FAILURES as error:  # DCP raises on all ranks together
         raise CheckpointError(
-            f"the checkpoint of step {step} could not be written ({_first_line(error)}): free disk space under {folder}"
+            f"the {what} could not be written ({_first_line(error)}): free disk space under {folder}"
         ) from error
-    _on_main(ranks, publish, f"checkpoint of step {step}")
+    mine = (partial / "state").glob(f"__{ranks.rank}_*")
+    parts = _on_all(ranks, lambda: manifest.describe(partial, mine), what)
+    census = expert_census(_model(state), ranks)
+    _on_main(ranks, publish, what)
     return final
 
 
-def find(folder: Path, ranks: Ranks, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
-    """The newest whole checkpoint and its trainer.json; damaged ones are named through `warn` and passed over.
+def whole(folder: Path, ranks: Ranks, warn: Callable[[str], None]) -> Iterator[Found]:
+    """The checkpoints whose files are whole, newest first; damaged ones are named through `warn` (on rank 0).
 
-    Raises CheckpointError, on all ranks, when there is none.
+    A collective in every step. Raises CheckpointError for one that another version wrote.
     """
+    names = manifest.steps(folder)
 
-    def search() -> tuple[str, dict[str, Any]] | None:
-        for name in reversed(_steps(folder)):
+    def search() -> Found | None:
+        while names:
+            name = names.pop()
             problem = verify(folder / name)
             if problem is None:
-                return name, json.loads((folder / name / "trainer.json").read_text())
+                trainer = json.loads((folder / name / "trainer.json").read_text())
+                return Found(folder / name, trainer, manifest.read_census(folder / name))
             warn(f"checkpoint {name} is refused: {problem}")
         return None
 
-    found = _on_main(ranks, search, f"checkpoints of {folder}")
-    if found is None:
-        raise CheckpointError(f"{folder} has no whole checkpoint: start again with --clean, or restore one from a copy")
-    name, trainer = found
-    if trainer["format_version"] != FORMAT_VERSION:
-        raise CheckpointError(
-            f"checkpoint {name} has format_version {trainer['format_version']} and this version reads {FORMAT_VERSION}: "
-            "use the alf-moe version that wrote it"
-        )
-    return folder / name, trainer
+    while (found := _on_main(ranks, search, f"search for checkpoints in {folder}")) is not None:
+        if found.trainer["format_version"] != FORMAT_VERSION:
+            raise CheckpointError(
+                f"checkpoint {found.path.name} has format_version {found.trainer['format_version']} and this version reads "
+                f"{FORMAT_VERSION}: use the alf-moe version that wrote it"
+            )
+        yield found
 
 
-def load(checkpoint: Path, state: dict[str, Any], ranks: Ranks) -> None:
-    """Fill the tensors of `state` in place from a verified checkpoint; any (dp, ep) layout may read any other's."""
+def none_whole(folder: Path) -> CheckpointError:
+    """When `whole` has nothing (left) to offer."""
+    return CheckpointError(f"{folder} has no whole checkpoint: start again with --clean, or restore one from a copy")
+
+
+def load(found: Found, state: dict[str, Any], ranks: Ranks) -> None:
+    """Fill the tensors of `state` in place from a verified checkpoint; any (dp, ep) layout may read any other's.
+
+    Raises CheckpointError on all ranks, with the tensors in any state, when it does not fit, or when an expert is not the
+    one that was saved.
+    """
+    name = found.path.name
     try:
-        dcp.load(state, checkpoint_id=checkpoint / "state", no_dist=ranks.dp_group is None)
+        dcp.load(state, checkpoint_id=found.path / "state", no_dist=ranks.dp_group is None)
     except DCP_FAILURES as error:
         raise CheckpointError(
-            f"checkpoint {checkpoint.name} does not fit this configuration ({_first_line(error)}): "
-            "use the config.toml of its run folder"
+            f"checkpoint {name} does not fit this configuration ({_first_line(error)}): use the config.toml of its run folder"
         ) from error
+    if wrong := census_difference(found.census, expert_census(_model(state), ranks)):
+        raise CheckpointError(f"checkpoint {name} does not hold the experts that were saved: {wrong}")
 
 
-def verify(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or None. Nothing of it is unpickled."""
-    try:
-        manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return "MANIFEST.json is missing or damaged"
-    present = {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()} - {"MANIFEST.json"}
-    if present != set(files):
-        return f"files differ from the manifest: {', '.join(sorted(present ^ set(files)))}"
-    for name, expected in files.items():
-        if (checkpoint / name).stat().st_size != expected["bytes"]:
-            return f"{name} has {(checkpoint / name).stat().st_size} bytes, the manifest says {expected['bytes']}"
-        if file_hash(checkpoint / name) != expected["xxh3"]:
-            return f"the hash of {name} differs from the manifest"
-    return None
+def census_difference(saved: dict[str, list[str]], loaded: dict[str, list[str]]) -> str | None:
+    """The first expert that differs and how many do, in words, or None."""
+    if saved.keys() != loaded.keys() or any(len(saved[layer]) != len(loaded[layer]) for layer in saved):
+        return "the census in its manifest is of other layers or another number of experts"
+    wrong = [
+        f"{layer}, expert {k}"
+        for layer in saved
+        for k, (was, now) in enumerate(zip(saved[layer], loaded[layer], strict=True))
+        if was != now
+    ]
+    return f"{len(wrong)} differ from the census in its manifest, the first is {wrong[0]}" if wrong else None
 
 
 def has_checkpoint(folder: Path) -> bool:
     """Is there anything to resume from? (Not yet verified.)"""
-    return bool(_steps(folder))
+    return bool(manifest.steps(folder))
 
 
-def _steps(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name))
+def state_bytes(tree: Any) -> int:
+    """Bytes of all tensors of a state, over all ranks, each counted once."""
+    if isinstance(tree, dict):
+        return sum(state_bytes(value) for value in tree.values())
+    return tree.numel() * tree.element_size() if isinstance(tree, torch.Tensor) else 0
 
 
-def _write_manifest(folder: Path) -> None:
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "xxh3": file_hash(path)}
-    _replace(folder / "MANIFEST.json", json.dumps({"files": files}, indent=1))
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def _model(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return state["engine"]["model"] if "engine" in state else {}
 
 
 def _on_main(ranks: Ranks, work: Callable[[], Any], what: str) -> Any:
     """Run `work` on rank 0; every rank gets its result, or its failure."""
-    outcome: tuple[Any, str | None] = (None, None)
-    if ranks.is_main:
-        try:
-            outcome = (work(), None)
-        except OSError as error:
-            outcome = (None, _first_line(error))
-    result, problem = ranks.broadcast_object(outcome)  # type: ignore[misc]
+    result, problem = ranks.broadcast_object(_attempt(work) if ranks.is_main else None)  # type: ignore[misc]
     if problem is not None:
         raise CheckpointError(f"the {what} failed ({problem}): check the disk's space and permissions")
     return result
+
+
+def _on_all(ranks: Ranks, work: Callable[[], Any], what: str) -> list[Any]:
+    """Run `work` on every rank; every rank gets all results, or the first failure."""
+    outcomes = ranks.gather_objects(_attempt(work))
+    for rank, (_, problem) in enumerate(outcomes):
+        if problem is not None:
+            raise CheckpointError(
+                f"the {what} failed on rank {rank} ({problem}): check the disk's space and permissions"
+            )
+    return [result for result, _ in outcomes]
+
+
+def _attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
+    try:
+        return work(), None
+    except OSError as error:
+        return None, _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

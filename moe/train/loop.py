@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 import uuid
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +18,12 @@ from moe.balance.dual import sampling_floor
 from moe.config import Config, to_toml
 from moe.model.loss import IGNORED
 from moe.observe import cost, load
+from moe.observe.goodput import Goodput
 from moe.observe.regret import RegretMeter
 from moe.observe.scores import ScoreRecorder, probe_scores
 from moe.observe.sinks import Sinks
 from moe.parallel import Ranks
-from moe.train import checkpoint
+from moe.train import manifest
 from moe.train.about import device_name, peak_tflops, provenance, weights_hash
 from moe.train.data import Batch, DataError, TokenData
 from moe.train.device import (
@@ -33,7 +36,11 @@ from moe.train.device import (
 )
 from moe.train.engines import Engine, StepOutput, StepResult, build_engine
 from moe.train.evaluate import evaluate
+from moe.train.guard import SpikeGuard, mean_ce
 from moe.train.optim import learning_rate
+from moe.train.resume import Progress, restore, trainer_json
+from moe.train.saver import Saver
+from moe.train.watchdog import Watchdog
 
 
 class Outcome(NamedTuple):
@@ -43,22 +50,11 @@ class Outcome(NamedTuple):
     reason: str
 
 
-@dataclass
-class Progress:
-    """Where the run stands; in every checkpoint."""
-
-    step: int = 0
-    tokens: int = 0
-    order_hash: str = ""
-    skipped: int = 0
-    skipped_in_row: int = 0
-    wandb_id: str | None = None
-
-
 class Run:
     """The parts of one run on this rank."""
 
-    def __init__(self, config: Config, ranks: Ranks, run_dir: Path, resume: bool):
+    def __init__(self, config: Config, ranks: Ranks, run_dir: Path, resume: bool, began: float | None = None):
+        self.goodput = Goodput(time.time() if began is None else began, run_dir / "events.jsonl")
         self.config, self.ranks, self.run_dir = config, ranks, run_dir
         self.flags = set_deterministic() if config.train.deterministic else []
         self.data = self._open_data()
@@ -69,13 +65,15 @@ class Run:
         self.tracker = load.LoadTracker(layers, experts, config.model.top_k, config.parallel.ep, ranks.device)
         self.regret = self._regret_meter(layers)
         o = config.observe
-        self.recorder = ScoreRecorder(
-            self.routers, config.model.top_k, o.record_from, o.record_scores, run_dir / "scores"
-        )
+        scores = run_dir / "scores"
+        self.recorder = ScoreRecorder(self.routers, config.model.top_k, o.record_from, o.record_scores, scores)
         self.init_hash = weights_hash(self.engine.model, ranks)
+        self.watchdog = Watchdog(ranks, run_dir, config.train.timeout_s)
+        self.saver = Saver(self.checkpoints, config.checkpoint, ranks, self.saved)
         self.progress = Progress()
         if resume:
-            self.restore()
+            restore(self)
+        self.guard, self.spiked = SpikeGuard(config.train.spike_sigma, self.progress.losses), False
         self.peak_tflops, self.peak_source = peak_tflops(config, ranks)
         self.clock = Clock(ranks.device)
         self.losses_3 = torch.zeros(3, dtype=torch.float64, device=ranks.device)
@@ -112,17 +110,20 @@ class Run:
         """One optimizer step in the order things happen; returns what was done and whether any rank asks to stop."""
         c = self.config
         self.engine.set_lr(learning_rate(c.optim, c.train.steps, self.progress.step))
-        batches = self.micro_batches()
+        self.watchdog.at(f"step {self.progress.step + 1:,}, data")
+        with self.goodput.part("data_wait"):
+            batches = self.micro_batches()
+        self.watchdog.at(f"step {self.progress.step + 1:,}")
         if self.regret is not None and self.progress.step % c.observe.regret_every == 0:
             with self.clock.regret():
                 self.probe_regret(self.regret, batches)
         with self.recorder.step(self.progress.step + 1, self.ranks):
             out = self.engine.forward_backward(batches)
         with self.clock.balance():
-            summing = self.ranks.start_balance_sum(
-                out.stats, stop_requested
-            )  # ONE all-reduce, while the optimizer steps
-        done = self.engine.step()
+            # ONE all-reduce, while the optimizer steps
+            summing = self.ranks.start_balance_sum(out.stats, stop_requested)
+        self.spiked = self.guard.sigma > 0 and not self.guard.allows(mean_ce(out, self.ranks))
+        done = self.skip() if self.spiked else self.engine.step()
         with self.clock.balance():
             stats, stop = summing.wait()
             if done.applied:
@@ -159,6 +160,12 @@ class Run:
         scores_LTE = probe_scores(self.engine.model, parts, ranks)
         meter.observe(scores_LTE, self.balancer.bias_LE, ranks)
 
+    def skip(self) -> StepResult:
+        """Forget the gradients of a step whose loss stands out."""
+        self.engine.model.zero_grad()
+        self.progress.spikes += 1
+        return StepResult(math.nan, False)
+
     def advance(self, out: StepOutput, done: StepResult) -> None:
         """Count the step."""
         p = self.progress
@@ -184,6 +191,8 @@ class Run:
         steps, seconds, balance_seconds, regret_seconds = self.clock.take()
         tokens_per_s = steps * self.config.tokens_per_step / seconds
         flops = cost.flops_per_token(self.config)
+        waiting = 1 - 1 / metrics.get("moe/straggler_batch/mean", 1.0)
+        self.goodput.imbalanced(seconds * cost.routed_share(self.config) * waiting)
         memory = max(self.ranks.gather_objects(peak_memory_gib(self.ranks.device)))
         p = self.progress
         metrics |= {
@@ -196,6 +205,7 @@ class Run:
             "optim/lr": learning_rate(self.config.optim, self.config.train.steps, p.step - 1),
             "optim/grad_norm": done.grad_norm,
             "optim/skipped_steps": p.skipped,
+            "optim/loss_spikes": p.spikes,
             "speed/tokens_per_s": tokens_per_s,
             "speed/step_s": seconds / steps,
             "speed/balance_share": balance_seconds / seconds,
@@ -203,6 +213,7 @@ class Run:
             "speed/tflops": tokens_per_s * flops / 1e12,
             "speed/mfu": cost.mfu(tokens_per_s, flops, self.peak_tflops),
             "memory/peak_gib": memory,
+            **self.goodput.metrics(),
         }
         self.sinks.write(metrics)
         self.sinks.image({"train/step": p.step, "train/tokens": p.tokens}, self.tracker.last_load())
@@ -211,7 +222,8 @@ class Run:
         """Held-out loss and load, the bias frozen."""
         e, ranks = self.config.evaluate, self.ranks
         batches = self.data.val_batches(e.batch_size, ranks.rank, ranks.world_size, e.max_tokens)
-        found = evaluate(self.engine.model, batches, ranks)
+        with self.goodput.part("evaluation"):
+            found = evaluate(self.engine.model, self.watched(batches), ranks)
         self.val_ce = found.ce
         metrics = {
             "train/step": self.progress.step,
@@ -222,6 +234,12 @@ class Run:
             **self.tracker.val_metrics(found.tokens_per_expert_LE),
         }
         self.sinks.write(metrics)
+
+    def watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same; each is progress."""
+        for index, batch in enumerate(batches):
+            self.watchdog.at(f"evaluation after step {self.progress.step:,}, batch {index + 1}")
+            yield batch
 
     def describe(self) -> dict[str, Any]:
         """What the start-up block and run.json say."""
@@ -282,76 +300,41 @@ class Run:
         return self.data.order_hash(self.progress.order_hash, self.progress.step)
 
     def save(self) -> None:
-        """A checkpoint of this step, unless there is one."""
-        trainer = {
-            "progress": asdict(self.progress),
-            "next_samples": self.next_samples(),
-            "identity": self.identity(),
-            "regret_shape": self.regret_shape(),
-            "init_hash": self.init_hash,
-        }
-        path = checkpoint.save(
-            self.checkpoints, self.progress.step, self.state(), trainer, self.ranks, self.config.checkpoint.keep
-        )
+        """Begin a checkpoint of this step; `settle` ends it."""
         if self.ranks.is_main:
             self.tracker.write_npz(self.run_dir / "loads.npz")
-            self.sinks.event("save", step=self.progress.step, checkpoint=path.name)
+        self.watchdog.at(f"checkpoint after step {self.progress.step:,}")
+        with self.goodput.part("checkpoint"):
+            self.saver.save(self.progress.step, self.state(), trainer_json(self))
 
-    def restore(self) -> None:
-        """Continue from the newest whole checkpoint. Raises CheckpointError with nothing changed when it does not fit."""
-        warnings: list[str] = []
-        path, trainer = checkpoint.find(self.checkpoints, self.ranks, warnings.append)
-        for warning in warnings:
-            print(f"warning: {warning}", flush=True)
-        saved, own = trainer["identity"], self.identity()
-        for key in own:
-            if saved.get(key) != own[key]:
-                if key == "model":
-                    theirs, ours = saved.get("model") or {}, own["model"]
-                    name = next(k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k))
-                    key, was, now = f"model.{name}", theirs.get(name), ours.get(name)
-                else:
-                    was, now = saved.get(key), own[key]
-                raise checkpoint.CheckpointError(
-                    f"{key} = {now!r} differs from {was!r} of checkpoint {path.name}: set it back, or start a new run.name"
-                )
-        progress = Progress(**trainer["progress"])
-        if trainer["next_samples"] != self.data.order_hash(progress.order_hash, progress.step):
-            raise checkpoint.CheckpointError(
-                f"the samples after step {progress.step:,} are not those of checkpoint {path.name}, which another version "
-                "wrote: use the alf-moe version of its run.json, or start a new run.name"
-            )
-        state = self.state()
-        if trainer.get("regret_shape") != self.regret_shape():
-            state.pop("regret", None)
-            print(
-                "warning: the measurement of the regret starts anew: its settings are not the checkpoint's", flush=True
-            )
-        checkpoint.load(path, state, self.ranks)
-        self.engine.load_state_dict(state["engine"])
-        self.balancer.load_state_dict(state["balancer"])
-        self.balancer.publish(list(self.routers.values()))
-        self.tracker.load_state_dict(state["tracker"])
-        if self.regret is not None and "regret" in state:
-            self.regret.load_state_dict(state["regret"])
-        self.tracker.read_npz(self.run_dir / "loads.npz", progress.step)
-        self.progress = progress
+    def settle(self) -> None:
+        """Until the checkpoint that was begun is published. Raises CheckpointError, on all ranks, when it cannot be."""
+        with self.goodput.part("checkpoint"):
+            self.saver.wait()
+
+    def saved(self, path: Path) -> None:
+        """A checkpoint is published; rank 0, in the saver's thread."""
+        self.sinks.event("save", step=manifest.step_of(path.name), checkpoint=path.name)
 
 
-def train(config: Config, ranks: Ranks, run_dir: Path, resume: bool) -> Outcome:
-    """Train to the end, to a signal or to the loss guard. Raises DataError and CheckpointError before the first step."""
+def train(config: Config, ranks: Ranks, run_dir: Path, resume: bool, began: float | None = None) -> Outcome:
+    """Train to the end, to a signal or to the loss guard; began: time.time() of the start of the process.
+
+    Raises DataError and CheckpointError.
+    """
     signals = StopSignal()
     if ranks.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
     ranks.barrier()
-    run = Run(config, ranks, run_dir, resume)
+    run = Run(config, ranks, run_dir, resume, began)
     if ranks.is_main:
         (run_dir / "config.toml").write_text(to_toml(config))
         if not resume:  # a run keeps its identity; what resumed it is in events.jsonl
             about = {"run_id": uuid.uuid4().hex, **provenance(), **run.describe()}
             (run_dir / "run.json").write_text(json.dumps(about, indent=1))
         run.sinks.event("resume" if resume else "start", step=run.progress.step, **provenance())
-    outcome = run_steps(run, signals)
+    with run.watchdog:
+        outcome = run_steps(run, signals)
     run.sinks.finish(summary(run, outcome))
     return outcome
 
@@ -363,25 +346,29 @@ def run_steps(run: Run, signals: StopSignal) -> Outcome:
     saved_at = p.step
     while p.step < c.train.steps:
         profiler.before(p.step)
-        with run.clock.step():
-            done, stop = run.train_step(signals.requested)
+        with run.goodput.part("productive"), run.clock.step():
+            done, stop = run.train_step(signals.requested or run.saver.failed)
         profiler.after(p.step - 1)
         if p.step % c.observe.log_every == 0 or p.step == c.train.steps or not done.applied:
             run.log(done)
         if not done.applied:
-            run.sinks.event("skip", step=p.step, grad_norm=str(done.grad_norm))
+            why = "loss spike" if run.spiked else "gradient not finite"
+            run.sinks.event("skip", step=p.step, why=why, grad_norm=str(done.grad_norm))
         if p.skipped_in_row >= c.train.max_skipped_steps:
             run.recorder.write(run.ranks)
             run.save()
+            run.settle()
             return Outcome(
                 4,
-                f"the gradient was not finite in {p.skipped_in_row} steps in a row "
-                f"(train.max_skipped_steps = {c.train.max_skipped_steps}) at step {p.step}: "
+                f"{p.skipped_in_row} steps in a row were skipped, because the gradient was not finite or the loss a spike "
+                f"(train.max_skipped_steps = {c.train.max_skipped_steps}), at step {p.step}: "
                 f"the weights are saved as they were before; lower optim.lr and --resume",
             )
         if stop:
+            run.settle()  # a save that failed on any rank asks to stop, and ends the run here on all of them
             run.recorder.write(run.ranks)
             run.save()
+            run.settle()
             return Outcome(75, f"stopped by a signal after step {p.step}; saved: continue with --resume")
         if c.checkpoint.every and p.step % c.checkpoint.every == 0:
             run.save()
@@ -391,6 +378,7 @@ def run_steps(run: Run, signals: StopSignal) -> Outcome:
     run.recorder.write(run.ranks)
     if saved_at != p.step:
         run.save()
+    run.settle()
     run.evaluate()
     return Outcome(0, "done")
 
@@ -405,6 +393,7 @@ def summary(run: Run, outcome: Outcome) -> dict[str, Any]:
         "val/ce": run.val_ce,
         "skipped_steps": run.progress.skipped,
         "late_maxvio": {f"layer_{layer:02d}": v for layer, v in zip(run.routers, late_L, strict=True)},
+        "goodput": {name.removeprefix("goodput/"): share for name, share in run.goodput.metrics().items()},
         "idle_late": load.late_idle(run.tracker.history(), share=0.2),
         "run_dir": str(run.run_dir),
     }

@@ -97,6 +97,11 @@ CONFIGURATION = [
     ("--trian.steps 5", "trian", "did you mean train?"),
     ("--data.mix 3", "data.mix = 3", "section"),
     ("--data.mix.wiki 0", "data.mix.wiki = 0", "> 0"),
+    ("--checkpoint.keep 0", "checkpoint.keep = 0", "> 0"),
+    ("--checkpoint.keep_every -1", "checkpoint.keep_every = -1", ">= 0"),
+    ("--checkpoint.background maybe", "checkpoint.background = 'maybe'", "true or false"),
+    ("--train.spike_sigma -1", "train.spike_sigma = -1", ">= 0"),
+    ("--train.timeout_s 0", "train.timeout_s = 0", "> 0"),
     ("--run.name a/b", "run.name = 'a/b'", "folder name"),
     ("--observe.wandb of", "observe.wandb = 'of'", "did you mean off?"),
     ("--train.steps", "--train.steps has no value"),
@@ -213,3 +218,16 @@ def test_theory_refuses_in_one_sentence(words, says, tmp_path):
     out = [] if "--out" in words else ["--out", str(tmp_path / "out")]
     refused(alf_moe("theory", *words.split(), *out), 2, *says)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("lst runs", ("ckpt lst", "ls, verify, diff")),
+        ("ls", ("ckpt ls takes one folder", "--help")),
+        ("verify docs", ("docs holds no checkpoint", "runs/tiny")),
+        ("diff docs tests", ("docs holds no checkpoint",)),
+    ],
+)
+def test_ckpt_refuses_in_one_sentence(words, says):
+    refused(alf_moe("ckpt", *words.split()), 2, *says)

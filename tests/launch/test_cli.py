@@ -303,6 +303,40 @@ def test_a_failure_after_a_restart_is_that_of_the_last_attempt(tmp_path):
     assert train.first_failure(tmp_path)[:2] == (0, "ValueError: new")
 
 
+def test_the_first_failure_is_who_was_killed_or_who_noted_it_first(tmp_path):
+    """torchrun's root cause is only whom it saw first."""
+    line = " rank : {0} (local_rank: {0})\n exitcode : {1} (pid: 1)\n"
+    for attempt, rank, when in ((0, 3, 1.0), (1, 0, 9.0), (1, 2, 8.0)):
+        note = {"time": when, "attempt": attempt, "rank": rank, "exception": "x"}
+        (tmp_path / f"failure-{attempt}-{rank}.json").write_text(json.dumps(note))
+
+    def first(*failed):
+        report = (
+            "Failures:\n" + "".join(line.format(*one) for one in failed[1:]) + "Root Cause\n" + line.format(*failed[0])
+        )
+        (tmp_path / "torchrun.log").write_text(report)
+        return train.first_failure(tmp_path)[:2]
+
+    assert first((0, 1), (2, 1))[0] == 2
+    assert first((0, 1), (1, -9), (2, 1)) == (1, "killed by SIGKILL; the kernel may have run out of memory (dmesg)")
+    assert first((0, 1), (1, -15))[0] == 2  # torchrun itself sends SIGTERM to the others
+
+
+def test_a_hang_is_told_as_the_watchdog_told_it(tmp_path):
+    (tmp_path / "logs" / "hang").mkdir(parents=True)
+    (tmp_path / "logs" / "hang" / "report.txt").write_text("no progress for 8 s: rank 1 does not answer\n  stacks x")
+    (tmp_path / "metrics.jsonl").write_text('{"train/step": 30}\n')
+    lines = train.crash_report(tmp_path).splitlines()
+    assert lines == ["error: no progress for 8 s: rank 1 does not answer", "  stacks x", "  last step   30"]
+
+
+def test_notes_of_an_earlier_start_are_gone(words, workers, run_dir):
+    leave(run_dir, "run.json", "logs/failure-0-1.json", "logs/hang/report.txt", "checkpoints/step-00000009/x")
+    workers("import sys; sys.exit(1)")
+    assert train.main([*words, "--resume"]) == 1
+    assert not list((run_dir / "logs").glob("failure-*")) and not (run_dir / "logs" / "hang").exists()
+
+
 def test_as_many_processes_as_gpus_and_two_without(words, monkeypatch, workers):
     seen = []
     monkeypatch.setattr(train, "run", lambda options, nproc, run_dir: seen.append(nproc) or 0)

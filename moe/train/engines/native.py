@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -29,6 +30,8 @@ from moe.parallel import Ranks
 from moe.train.data import Batch
 from moe.train.engines import StepOutput, StepResult
 from moe.train.optim import build_optimizer
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 class NativeEngine:
@@ -129,14 +132,16 @@ class NativeEngine:
             group["lr"] = lr
 
     def state_dict(self) -> dict[str, Any]:
+        moments = get_optimizer_state_dict(self.model, self.optimizer, options=FLAT)
         return {
             "model": get_model_state_dict(self.model),
-            "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
+            "optimizer": {key: value for key, value in moments.items() if key.startswith("state.")},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         set_model_state_dict(self.model, state["model"])
-        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+        own = get_optimizer_state_dict(self.model, self.optimizer, options=FLAT)
+        set_optimizer_state_dict(self.model, self.optimizer, own | state["optimizer"], options=FLAT)
 
 
 def _sum_of_squares(grads: Sequence[Tensor | None], device: torch.device) -> Tensor:

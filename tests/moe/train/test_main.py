@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from moe.train import __main__ as worker
 from moe.train.checkpoint import CheckpointError
 from moe.train.data import DataError
 from moe.train.loop import Outcome
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[3]
 TINY = str(ROOT / "configs" / "tiny.toml")
@@ -23,7 +27,7 @@ def start(monkeypatch, tmp_path):
     calls = []
 
     def begin(outcome, *words):
-        def train(config, ranks, run_dir, resume):
+        def train(config, ranks, run_dir, resume, began):
             calls.append((config, run_dir, resume))
             if isinstance(outcome, Exception):
                 raise outcome
@@ -73,3 +77,55 @@ def test_a_restarted_worker_resumes_where_there_is_a_checkpoint(start, monkeypat
     assert start(Outcome(0, "done"))[1][2] is True
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     assert start(Outcome(0, "done"))[1][2] is False
+
+
+PARENT = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE, text=True)
+print(child.pid, child.stdout.readline().strip(), flush=True)
+child.wait()
+"""
+CHILD = "from moe.train.__main__ import die_with_parent; die_with_parent(); print('up', flush=True); import time; time.sleep(60)"
+
+
+def test_a_worker_dies_with_its_torchrun():
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child, up = parent.stdout.readline().split()
+    assert up == "up"
+    parent.kill()
+    parent.wait()
+    until = time.monotonic() + 10
+    while running(child) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not running(child)
+
+
+def running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_refusal_of_one_rank_alone_names_it_and_one_of_all_does_not(tmp_path, capsys):
+    worker.leave(Outcome(3, "no corpus"), 1, tmp_path, alone=True)
+    assert json.loads((tmp_path / "exit.json").read_text()) == {
+        "code": 3,
+        "reason": "no corpus (on rank 1 alone)",
+        "rank": 1,
+    }
+    worker.leave(Outcome(3, "no corpus"), 0, tmp_path, alone=False)
+    assert json.loads((tmp_path / "exit.json").read_text()) == {"code": 3, "reason": "no corpus"}
+    assert capsys.readouterr().err == "error: no corpus (on rank 1 alone)\nerror: no corpus\n"
+
+
+def _refuse(rank, n, both):
+    worker.MEET_S = 1.0
+    time.sleep(0.2 * rank)
+    return worker.others_refuse(rank) if both or rank == 1 else None
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_whether_all_ranks_refuse(both):
+    assert run_ranks(_refuse, 2, both) == ([True, True] if both else [None, False])

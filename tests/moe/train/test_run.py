@@ -21,6 +21,7 @@ from moe.parallel import build_ranks
 from moe.train import checkpoint
 from moe.train import data as token_data
 from moe.train.loop import Run, run_steps, train
+from moe.train.resume import restore
 from tests.corpus import make_token_folder
 from tests.ranks import run_ranks
 from tests.tiny import ALONE, CPU, tiny_config
@@ -249,22 +250,31 @@ def test_guard_stops_with_code_4_and_finite_weights(tmp_path):
 def test_p44_damaged_checkpoint_is_passed_over_and_foreign_settings_are_refused(tmp_path, capsys):
     data = make_token_folder(tmp_path / "data")
     train(config(data), ALONE, tmp_path / "run", False)
+    run = Run(config(data), ALONE, tmp_path / "run", True)
     newest = tmp_path / "run" / "checkpoints" / "step-00000006"
     files = [p for p in newest.rglob("*") if p.is_file()]
     assert len(files) >= 4
+    capsys.readouterr()
+
+    def passed_over():
+        restore(run)
+        lines = [line for line in capsys.readouterr().out.splitlines() if line]
+        return run.progress.step == 3 and len(lines) == 1 and "step-00000006 is refused" in lines[0]
+
     for file in files:
         good = file.read_bytes()
-        file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-        assert checkpoint.verify(newest) is not None, file
+        for place in (0, len(good) // 2, len(good) - 1):
+            file.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+            assert passed_over(), (file, place)
         file.write_bytes(good[:-1])
-        assert checkpoint.verify(newest) is not None, file
+        assert passed_over(), file
         file.unlink()
-        assert checkpoint.verify(newest) is not None, file
+        assert passed_over(), file
         file.write_bytes(good)
-        assert checkpoint.verify(newest) is None
+        restore(run)
+        assert run.progress.step == 6 and not capsys.readouterr().out
     (newest / "trainer.json").write_text("{}")
     assert Run(config(data), ALONE, tmp_path / "run", True).progress.step == 3
-    assert "step-00000006 is refused" in capsys.readouterr().out
     for settings, name in (
         ({"balance__method": "none", "balance__rate": None}, r"balance\.method = 'none'"),
         ({"run__seed": 7}, r"run\.seed = 7"),
