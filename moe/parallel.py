@@ -46,7 +46,9 @@ class Ranks:
     dp_group: dist.ProcessGroup | None = None
     ep_group: dist.ProcessGroup | None = None
     edp_group: dist.ProcessGroup | None = None
+    dp_mesh: DeviceMesh | None = None
     ep_mesh: DeviceMesh | None = None
+    edp_mesh: DeviceMesh | None = None
 
     @property
     def is_main(self) -> bool:
@@ -139,7 +141,9 @@ def build_ranks(rank: int, world_size: int, device: torch.device, ep: int) -> Ra
         dp_group=dist.group.WORLD,
         ep_group=mesh["ep"].get_group() if ep > 1 else None,
         edp_group=mesh["edp"].get_group() if ep < world_size else None,
+        dp_mesh=init_device_mesh(device.type, (world_size,), mesh_dim_names=("dp",)),
         ep_mesh=mesh["ep"] if ep > 1 else None,
+        edp_mesh=mesh["edp"] if ep < world_size else None,
     )
 
 

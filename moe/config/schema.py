@@ -99,6 +99,8 @@ class DataSection(Section):
 class ParallelSection(Section):
     ep: Positive = 1
     """Ranks that share the experts of a layer; divides the number of ranks and of experts."""
+    data: Literal["replicate", "shard"] = "replicate"
+    """What data-parallel ranks hold: all of the parameters and optimizer state (DDP), or a share (FSDP2)."""
 
 
 class OptimSection(Section):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kernels.moe_mlp import moe_mlp
 from kernels.permute import sort_by_expert
 from moe.balance.losses import RouterLosses
 from moe.balance.stats import RouterStats
@@ -37,7 +36,7 @@ class MoELayer(nn.Module):
         routing = self.router(x_TD, token_mask_T, token_ids_T)
         if self.dispatcher is None:
             permutation = sort_by_expert(routing.topk_ids_TK, self.num_experts, routing.masked)
-            out_TD = moe_mlp(x_TD, routing.topk_weights_TK, permutation, *self.experts.weights(x_TD))
+            out_TD = self.experts.mixture(x_TD, routing.topk_weights_TK, permutation)
         else:
             rows_RD, plan = self.dispatcher.dispatch(x_TD, routing)
             rows_RD = self.experts(rows_RD, plan.tokens_per_local_expert_e)
