@@ -51,7 +51,9 @@ def weights_hash(model: Transformer, ranks: Ranks) -> str:
     parts: dict[str, str] = {}
     for name, parameter in model.named_parameters():
         local, (first, *_) = local_part(parameter)
-        if model.config.parallel.data == "shard" and isinstance(parameter, DTensor):
+        unit = 1 if ".experts." in name else 0  # whole experts can be hashed where they are
+        if local.shape[unit:] != parameter.shape[unit:]:
+            assert isinstance(parameter, DTensor), "only these have parts"
             local, first = parameter.detach().full_tensor(), 0  # one at a time
         local = local.cpu()
         if ".experts." in name:

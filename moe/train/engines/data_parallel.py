@@ -7,7 +7,6 @@ Experts are apart in both: DTensors over ep, and copies (replicate) or shards (s
 from __future__ import annotations
 
 import warnings
-from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -18,7 +17,7 @@ from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from moe.model.experts import Experts, local_tensor
-from moe.model.transformer import Transformer
+from moe.model.transformer import Block, Transformer
 from moe.parallel import Ranks
 
 
@@ -69,6 +68,7 @@ def shard(model: Transformer, ranks: Ranks) -> None:
     exact = MixedPrecisionPolicy(torch.float32, torch.float32, cast_forward_inputs=False)
     whole: set[nn.Parameter] = set()  # with edp = 1 an expert is on one rank only: nothing to gather, nothing to sum
     for block in model.blocks:
+        assert isinstance(block, Block), "the blocks of a transformer"
         if (moe := block.moe) is not None:
             fully_shard(moe.router, mesh=ranks.dp_mesh, mp_policy=exact)
             if ranks.edp_mesh is None:
@@ -90,4 +90,4 @@ def _shard_experts(experts: Experts, mesh: DeviceMesh, policy: MixedPrecisionPol
     local = local_tensor(experts.w13).shape[0]
     dim = 0 if local % mesh.size() == 0 else 1
     fully_shard(experts, mesh=mesh, mp_policy=policy, shard_placement_fn=lambda _: Shard(dim))
-    register_fsdp_forward_method(cast(nn.Module, experts), "mixture")
+    register_fsdp_forward_method(experts, "mixture")

@@ -115,11 +115,11 @@ class NativeEngine:
             group["lr"] = lr
 
     def state_dict(self) -> dict[str, Any]:
+        model = get_model_state_dict(
+            self.model
+        )  # first: after a forward pass alone it puts FSDP2's shards back in place
         moments = get_optimizer_state_dict(self.model, self.optimizer, options=FLAT)
-        return {
-            "model": get_model_state_dict(self.model),
-            "optimizer": {key: value for key, value in moments.items() if key.startswith("state.")},
-        }
+        return {"model": model, "optimizer": {k: v for k, v in moments.items() if k.startswith("state.")}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         set_model_state_dict(self.model, state["model"])
