@@ -118,6 +118,12 @@ def _check_ranks(config: Config, world_size: int) -> None:
             f"{getattr(config.model, name)}, over {edp} ranks (of {world_size}, parallel.ep = {ep}): "
             "raise parallel.ep, or set parallel.data to replicate",
         )
+    recorded = config.observe.record_scores
+    _require(
+        config.parallel.dispatch == "exact" or not recorded,
+        f"parallel.dispatch = 'padded' may run a step twice, and observe.record_scores = {recorded} would record it twice: "
+        "set parallel.dispatch to exact while scores are recorded",
+    )
     batch, micro = config.train.batch_size, config.train.micro_batch_size
     _require(
         batch % world_size == 0,

@@ -21,6 +21,7 @@ from moe.balance import stats as router_stats
 from moe.balance.losses import global_aux_loss
 from moe.config import Config
 from moe.model.experts import local_tensor
+from moe.model.layer import MoELayer
 from moe.model.loss import IGNORED
 from moe.model.transformer import Output, Transformer
 from moe.parallel import Ranks
@@ -53,6 +54,26 @@ class NativeEngine:
         self.replicated = replicate(self.model, ranks) if replicated else None
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> StepOutput:
+        out = self._accumulate(micro_batches)
+        if out.stats.dropped is None:
+            return out
+        dropped = int(self.ranks.sum(out.stats.dropped.sum()).item())  # sync: once a step, with padded dispatch
+        if dropped:
+            self.optimizer.zero_grad()
+            out = self._exactly(micro_batches)
+        return out._replace(stats=out.stats._replace(dropped=None), dropped=dropped)
+
+    def _exactly(self, micro_batches: Sequence[Batch]) -> StepOutput:
+        layers = [module for module in self.model.modules() if isinstance(module, MoELayer)]
+        for layer in layers:
+            layer.exact = True
+        try:
+            return self._accumulate(micro_batches)
+        finally:
+            for layer in layers:
+                layer.exact = False
+
+    def _accumulate(self, micro_batches: Sequence[Batch]) -> StepOutput:
         device = self.ranks.device
         real = sum(
             int((batch.targets_BS != IGNORED).sum()) for batch in micro_batches
