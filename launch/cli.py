@@ -11,6 +11,7 @@ import moe
 COMMANDS = {
     "train": ("launch.train", "train a model on the processes of this machine"),
     "prepare": ("launch.prepare", "turn a corpus into a tokenizer and token files"),
+    "slurm": ("launch.slurm", "write the sbatch script of a run on several machines"),
     "theory": ("launch.theory", "run balancing rules on score streams beside the theory's bounds"),
 }
 

@@ -115,8 +115,12 @@ def _all_reduce(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return tensor
 
 
-def join_ranks(timeout_s: float = 600.0) -> tuple[int, int, torch.device]:
-    """Join the processes that torchrun started: (rank, world size, device). Alone, without torchrun: (0, 1, device)."""
+def join_ranks() -> tuple[int, int, torch.device]:
+    """Join the processes that torchrun started: (rank, world size, device). Alone, without torchrun: (0, 1, device).
+
+    A collective that takes longer than ALF_MOE_TIMEOUT_S seconds (600; `alf-moe train --timeout`) fails.
+    """
+    timeout_s = float(os.environ.get("ALF_MOE_TIMEOUT_S", 600))
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
