@@ -14,6 +14,7 @@ COMMANDS = {
     "compare": ("launch.compare", "train several balancing methods on paired seeds, and compare them"),
     "ckpt": ("launch.ckpt", "list, verify and compare checkpoints"),
     "doctor": ("launch.doctor", "check this machine: versions, devices, collectives, disk, data"),
+    "slurm": ("launch.slurm", "write the sbatch script of a run on several machines"),
     "theory": ("launch.theory", "run balancing rules on score streams beside the theory's bounds"),
 }
 

@@ -183,9 +183,10 @@ def nccl() -> Finding:
     """Needed for more than one GPU."""
     import torch
     import torch.distributed as dist
+    from torch.cuda import nccl
 
     if dist.is_nccl_available() and torch.cuda.is_available():
-        return Finding(True, ".".join(map(str, torch.cuda.nccl.version())))
+        return Finding(True, ".".join(map(str, nccl.version())))
     if torch.cuda.device_count() > 1:
         return Finding(False, "this torch has none", "install the CUDA build of torch")
     return Finding(None, "none, and none is needed here")

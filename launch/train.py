@@ -1,7 +1,7 @@
 """`alf-moe train`: check everything that can be checked without torch, start torchrun, turn its end into an exit code.
 
 The workers (`moe.train`) leave `<run>/exit.json` {"code", "reason"} and exit 0 when they stop on purpose; a worker that
-exits with an error is a crash, which torchrun may restart. Across machines use `torchrun ... -m moe.train` itself.
+exits with an error is a crash, which torchrun may restart. Across machines every one runs this command (`launch.hosts`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from launch import hosts
 from moe.config import Config, ConfigError, load, resolve
 
 CONFIGURATION, DATA, CHECKPOINT = 2, 3, 5
@@ -38,8 +39,11 @@ FLAGS = {
     "--resume": "continue the run of this name from its newest checkpoint",
     "--clean": "remove the run folder of this name first",
     "--max-restarts N": "start crashed workers again, N times at most; default 0",
+    **hosts.FLAGS,
     "--SECTION.SETTING VALUE": "override one setting",
 }
+NUMBERS = {"--nproc": 1, "--max-restarts": 0, "--nnodes": 1, "--node-rank": 0}  # flags, least values
+TEXTS = ("--rdzv-endpoint", "--rdzv-id", "--local-addr")
 SHUTDOWN_SECONDS = 120  # a checkpoint must fit between SIGTERM and SIGKILL; torchrun's own default is 30
 RANK_0 = "[default0]:"  # torchrun's prefix of the lines of local rank 0
 
@@ -53,7 +57,7 @@ class Refused(Exception):
 
 
 @dataclass
-class Options:
+class Options(hosts.Hosts):
     """The command line, split into what is ours and what goes to the workers."""
 
     files: list[str] = field(default_factory=list)
@@ -77,7 +81,8 @@ def main(argv: list[str]) -> int:
         nproc = options.nproc or gpus or 2
         config = check(options, nproc, gpus)
         run_dir = Path(config.run.folder) / str(config.run.name)
-        prepare_folder(run_dir, options)
+        if options.node_rank == 0:
+            prepare_folder(run_dir, options)
     except ConfigError as error:
         return _refuse(CONFIGURATION, str(error))
     except Refused as error:
@@ -104,7 +109,7 @@ def parse(argv: list[str]) -> Options:
             if equals:
                 raise ConfigError(f"{flag} takes no value: write {flag} alone")
             setattr(options, flag[2:], True)
-        elif flag in ("--config", "--nproc", "--max-restarts"):
+        elif flag == "--config" or flag in NUMBERS or flag in TEXTS:
             if not equals:
                 if not words or words[0].startswith("--"):
                     raise ConfigError(f"{flag} has no value: write {flag} VALUE")
@@ -112,8 +117,8 @@ def parse(argv: list[str]) -> Options:
             if flag == "--config":
                 options.files.append(value)
             else:
-                least = 1 if flag == "--nproc" else 0
-                setattr(options, flag[2:].replace("-", "_"), _whole_number(flag, value, least))
+                number = whole_number(flag, value, NUMBERS[flag]) if flag in NUMBERS else value
+                setattr(options, flag[2:].replace("-", "_"), number)
         elif flag.startswith("--") and "." not in flag:
             known = [known.split()[0] for known in FLAGS]
             near = difflib.get_close_matches(flag, known[:-1], n=1, cutoff=0.5)
@@ -126,7 +131,8 @@ def parse(argv: list[str]) -> Options:
     return options
 
 
-def _whole_number(flag: str, text: str, least: int) -> int:
+def whole_number(flag: str, text: str, least: int) -> int:
+    """The value of a flag. Raises ConfigError."""
     if not text.isdecimal() or int(text) < least:
         raise ConfigError(f"{flag} {text} is not a whole number >= {least}: write for example {flag} 2")
     return int(text)
@@ -157,9 +163,10 @@ def check(options: Options, nproc: int, gpus: int) -> Config:
     """The resolved configuration. Raises ConfigError and Refused."""
     if options.resume and options.clean:
         raise ConfigError("--resume and --clean contradict each other: give one of them")
+    options.check(options.clean)
     if gpus and nproc > gpus:
         raise ConfigError(f"--nproc {nproc} is more than the {gpus} GPUs of this machine: set --nproc {gpus} or less")
-    config = resolve(load(options.files, options.overrides), nproc, cuda=gpus > 0)
+    config = resolve(load(options.files, options.overrides), nproc * options.nnodes, cuda=gpus > 0)
     if not Path(config.data.path).is_dir():
         raise Refused(
             DATA,
@@ -210,7 +217,7 @@ def _is_empty(run_dir: Path, or_nothing: bool = True) -> bool:
 
 def torchrun_command(options: Options, nproc: int, logs: Path) -> list[str]:
     """The torchrun command line. Rank 0 keeps the console; stderr of all ranks, stdout of the others go to files."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
+    command = [sys.executable, "-m", "torch.distributed.run", *options.torchrun(), "--nproc-per-node", str(nproc)]
     command += ["--max-restarts", str(options.max_restarts), "--log-dir", str(logs), "--tee", "0:2"]
     if nproc > 1:
         command += ["--redirects", ",".join(f"{rank}:3" for rank in range(1, nproc))]
@@ -220,7 +227,7 @@ def torchrun_command(options: Options, nproc: int, logs: Path) -> list[str]:
     return command + options.overrides + (["--resume"] if options.resume else [])
 
 
-def environment(nproc: int) -> dict[str, str]:
+def environment(nproc: int, options: Options, logs: Path) -> dict[str, str]:
     """The environment of torchrun and its workers."""
     threads = max(1, len(os.sched_getaffinity(0)) // nproc)
     return {
@@ -234,12 +241,13 @@ def environment(nproc: int) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         # Without it more than half of the restarts over gloo hang or fail (pytorch#135712).
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        **options.environment(logs),
     }
 
 
 def run(options: Options, nproc: int, run_dir: Path) -> int:
     """Start torchrun, pass signals on, wait; the exit code is the workers' own where they left one."""
-    logs = run_dir / "logs"
+    logs = options.logs(run_dir)
     logs.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(logs / "hang", ignore_errors=True)  # of an earlier start, like the notes of failures
     for note in logs.glob("failure-*.json"):
@@ -259,7 +267,7 @@ def run(options: Options, nproc: int, run_dir: Path) -> int:
     try:
         process = subprocess.Popen(
             torchrun_command(options, nproc, logs),
-            env=environment(nproc),
+            env=environment(nproc, options, logs),
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
@@ -297,10 +305,12 @@ def _sort_stderr(lines: IO[str], log: Path) -> None:
 def finish(run_dir: Path, code: int, signalled: bool, options: Options) -> int:
     """The exit code; a crash is told in one block."""
     try:
-        left = json.loads((run_dir / "exit.json").read_text())
-        if left.get("rank"):  # one rank alone, and not the one whose stderr is the console
-            print(f"error: {left['reason']}", file=sys.stderr)
-        return int(left["code"])
+        # Elsewhere than on machine 0 the file may be an earlier run's, which machine 0 has not removed yet.
+        if code == 0 or options.node_rank == 0:
+            left = json.loads((run_dir / "exit.json").read_text())
+            if left.get("rank"):  # one rank alone, and not the one whose stderr is the console
+                print(f"error: {left['reason']}", file=sys.stderr)
+            return int(left["code"])
     except FileNotFoundError:
         pass
     except (ValueError, KeyError, TypeError, OSError) as error:
@@ -311,22 +321,23 @@ def finish(run_dir: Path, code: int, signalled: bool, options: Options) -> int:
     for file in options.files:
         again += ["--config", file]
     again += options.overrides + (["--nproc", str(options.nproc)] if options.nproc else [])
+    again += options.again()
     saved = sorted(path.name for path in (run_dir / "checkpoints").glob("step-*"))
     if signalled:
         print("error: stopped by a signal outside of a training step: nothing was saved by it", file=sys.stderr)
     else:
-        print(crash_report(run_dir), file=sys.stderr)
+        print(crash_report(run_dir, options.logs(run_dir)), file=sys.stderr)
     print(f"  checkpoint  {saved[-1] if saved else 'none'}", file=sys.stderr)
     print(f"  next        {shlex.join([*again, '--resume' if saved else '--clean'])}", file=sys.stderr)
     return 1
 
 
-def crash_report(run_dir: Path) -> str:
+def crash_report(run_dir: Path, logs: Path) -> str:
     """The first failing rank, its exception, the last logged step and where to read on; or who is missing in a hang."""
-    hang = run_dir / "logs" / "hang" / "report.txt"
+    hang = logs / "hang" / "report.txt"
     if hang.exists():
         return f"error: {hang.read_text()}\n  last step   {last_step(run_dir)}"
-    rank, cause, log = first_failure(run_dir / "logs")
+    rank, cause, log = first_failure(logs)
     lines = [f"error: a worker crashed ({'rank ' + str(rank) if rank is not None else 'unknown rank'})"]
     lines += [f"  exception   {cause}", f"  last step   {last_step(run_dir)}", f"  log         {log}"]
     return "\n".join(lines)

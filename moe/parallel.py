@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -46,7 +47,9 @@ class Ranks:
     dp_group: dist.ProcessGroup | None = None
     ep_group: dist.ProcessGroup | None = None
     edp_group: dist.ProcessGroup | None = None
+    dp_mesh: DeviceMesh | None = None
     ep_mesh: DeviceMesh | None = None
+    edp_mesh: DeviceMesh | None = None
 
     @property
     def is_main(self) -> bool:
@@ -113,7 +116,10 @@ def _all_reduce(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def join_ranks(timeout_s: float = 600.0) -> tuple[int, int, torch.device]:
-    """Join the processes that torchrun started: (rank, world size, device). Alone, without torchrun: (0, 1, device)."""
+    """Join the processes that torchrun started: (rank, world size, device). Alone, without torchrun: (0, 1, device).
+
+    timeout_s: a collective that takes longer fails.
+    """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
@@ -139,25 +145,73 @@ def build_ranks(rank: int, world_size: int, device: torch.device, ep: int) -> Ra
         dp_group=dist.group.WORLD,
         ep_group=mesh["ep"].get_group() if ep > 1 else None,
         edp_group=mesh["edp"].get_group() if ep < world_size else None,
+        dp_mesh=init_device_mesh(device.type, (world_size,), mesh_dim_names=("dp",)),
         ep_mesh=mesh["ep"] if ep > 1 else None,
+        edp_mesh=mesh["edp"] if ep < world_size else None,
     )
 
 
-class _AllToAllRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.receive, ctx.send, ctx.group = receive, send, group
-        received = rows.new_empty(sum(receive), *rows.shape[1:])
-        dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
+class _Flight:
+    """An all-to-all under way, forward or backward, and what it must not lose meanwhile."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group = group
+        self.work: dist.Work | None = None
+        self.buffers: tuple[Tensor, Tensor] | None = None
+
+    def start(self, rows: Tensor, receive: list[int], send: list[int]) -> Tensor:
+        received, rows = rows.new_empty(sum(receive), *rows.shape[1:]), rows.contiguous()
+        self.work = dist.all_to_all_single(received, rows, receive, send, group=self.group, async_op=True)
+        self.buffers = received, rows
         return received
+
+    def land(self) -> Tensor:
+        assert self.work is not None and self.buffers is not None, "arrive() follows send_rows(), once"
+        self.work.wait()
+        received, self.work, self.buffers = self.buffers[0], None, None
+        return received
+
+
+class _Depart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, receive: list[int], send: list[int], flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.start(rows, receive, send)
+
+    @staticmethod
+    def backward(ctx, _grad: Tensor):
+        return ctx.flight.land(), None, None, None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, received: Tensor, receive: list[int], send: list[int], flight: _Flight) -> Tensor:
+        ctx.splits, ctx.flight = (send, receive), flight
+        return flight.land()
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        back = grad.new_empty(sum(ctx.send), *grad.shape[1:])
-        dist.all_to_all_single(back, grad.contiguous(), ctx.send, ctx.receive, group=ctx.group)
-        return back, None, None, None
+        ctx.flight.start(grad, *ctx.splits)
+        return grad, None, None, None  # of no meaning: the gradient is what lands in _Depart
 
 
-def all_to_all_rows(rows_RD: Tensor, receive: Sequence[int], send: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """Rows in blocks of send[rank] -> rows in blocks of receive[rank]; differentiable, any dtype, empty blocks allowed."""
-    return _AllToAllRows.apply(rows_RD, list(receive), list(send), group)
+class Journey(NamedTuple):
+    """Rows under way between ranks. In the backward pass their gradients leave where they arrived and land where they left:
+    what ran meanwhile in the forward pass has its gradient taken meanwhile in the backward pass."""
+
+    received: Tensor
+    receive: list[int]
+    send: list[int]
+    flight: _Flight
+
+    def arrive(self) -> Tensor:
+        """Wait (on CUDA: the stream, not the host)."""
+        return _Arrive.apply(*self)
+
+
+def send_rows(rows_RD: Tensor, receive: Sequence[int], send: Sequence[int], group: dist.ProcessGroup) -> Journey:
+    """Rows in blocks of send[rank] leave; they arrive in blocks of receive[rank]. Differentiable, any dtype, empty blocks
+    allowed."""
+    flight = _Flight(group)
+    received = _Depart.apply(rows_RD, list(receive), list(send), flight)
+    return Journey(received, list(receive), list(send), flight)

@@ -32,7 +32,8 @@ class RouterStats(NamedTuple):
     tokens []: real tokens routed. tokens_per_expert [E]: the load A_k. dual_sum []: sum_i TopKSum(s_i + b), fixed point.
     prob_sum [E]: sum_i of the scores divided by their sum, fixed point. response_histogram [E, B]: of the load response
     r_ik (`moe.balance.quantile`), ascending; its upper half is A_k. quantile_histogram [E, B]: of alpha_i - s_ik in uniform
-    bins on [min b - 1, max b + 1]; bip_histogram [E, B]: the same with alpha_i at least 0.
+    bins on [min b - 1, max b + 1]; bip_histogram [E, B]: the same with alpha_i at least 0. dropped []: pairs that found no room
+    under `parallel.dispatch` = padded; the layer fills it in, and the engine takes it out.
     """
 
     tokens: Tensor
@@ -42,6 +43,7 @@ class RouterStats(NamedTuple):
     response_histogram: Tensor | None = None
     quantile_histogram: Tensor | None = None
     bip_histogram: Tensor | None = None
+    dropped: Tensor | None = None
 
 
 @torch.no_grad()

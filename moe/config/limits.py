@@ -113,6 +113,21 @@ def _check_ranks(config: Config, world_size: int) -> None:
         experts % ep == 0,
         f"parallel.ep = {ep} does not divide model.num_experts = {experts}: choose a divisor of {experts}",
     )
+    edp, local = world_size // ep, experts // ep
+    widths = (("dim", config.model.dim), ("expert_hidden_dim", 2 * config.model.expert_hidden_dim))
+    for name, width in widths if config.parallel.data == "shard" and local % edp else ():
+        _require(
+            width % edp == 0,
+            f"parallel.data = 'shard' cannot divide the {local} experts of a rank, nor model.{name} = "
+            f"{getattr(config.model, name)}, over {edp} ranks (of {world_size}, parallel.ep = {ep}): "
+            "raise parallel.ep, or set parallel.data to replicate",
+        )
+    recorded = config.observe.record_scores
+    _require(
+        config.parallel.dispatch == "exact" or not recorded,
+        f"parallel.dispatch = 'padded' may run a step twice, and observe.record_scores = {recorded} would record it twice: "
+        "set parallel.dispatch to exact while scores are recorded",
+    )
     batch, micro = config.train.batch_size, config.train.micro_batch_size
     _require(
         batch % world_size == 0,

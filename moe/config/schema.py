@@ -99,6 +99,13 @@ class DataSection(Section):
 class ParallelSection(Section):
     ep: Positive = 1
     """Ranks that share the experts of a layer; divides the number of ranks and of experts."""
+    data: Literal["replicate", "shard"] = "replicate"
+    """What data-parallel ranks hold: all of the parameters and optimizer state (DDP), or a share (FSDP2)."""
+    dispatch: Literal["exact", "padded"] = "exact"
+    """How rows travel between the ranks of ep: blocks of their own size, for which the host waits once a layer; or blocks of
+    capacity_factor, without a wait, and a step in which one overflows is repeated with exact blocks: nothing is dropped."""
+    capacity_factor: Annotated[float, Field(ge=1)] = 1.5
+    """Padded dispatch: rows of a block over their mean, for every pair of ranks and micro-batch; ep is always enough."""
 
 
 class OptimSection(Section):

@@ -3,14 +3,19 @@ e local experts, R rows."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from kernels.backend import Backend
 from kernels.grouped_gemm import grouped_gemm
+from kernels.moe_mlp import moe_mlp
+from kernels.permute import Permutation
 
 
 def cast(weight: Tensor, like: Tensor) -> Tensor:
@@ -61,13 +66,17 @@ class Experts(nn.Module):
         local = full[:rows].clone()
         return nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)], run_check=False))
 
-    def weights(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _weights(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """w13_e2FD and w2_eDF of this rank in the dtype of the activations."""
         return cast(local_tensor(self.w13), like), cast(local_tensor(self.w2), like)
 
+    def mixture(self, x_TD: Tensor, topk_weights_TK: Tensor, permutation: Permutation) -> Tensor:
+        """x_TD -> out_TD, the weighted sum of each token's experts, all of them on this rank."""
+        return moe_mlp(x_TD, topk_weights_TK, permutation, *self._weights(x_TD), self.backend)
+
     def forward(self, rows_RD: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
         """rows_RD sorted by local expert -> rows_RD, same order."""
-        w13, w2 = self.weights(rows_RD)
+        w13, w2 = self._weights(rows_RD)
         gate, up = grouped_gemm(rows_RD, w13, tokens_per_expert_e, self.backend).chunk(2, dim=-1)
         return grouped_gemm(F.silu(gate) * up, w2, tokens_per_expert_e, self.backend)
 
@@ -75,3 +84,11 @@ class Experts(nn.Module):
 def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor (differentiable); a plain tensor is its own part."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_part(tensor: Tensor) -> tuple[Tensor, Sequence[int]]:
+    """This rank's part of a parameter, without gradient, and where it begins in the whole."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach(), [0] * tensor.dim()
+    _, first = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return local_tensor(tensor.detach()), first

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from moe.balance.losses import RouterLosses
 from moe.balance.stats import RouterStats, stack, zeros
 from moe.config import Config
 from moe.model.attention import Attention, Positions, positions
-from moe.model.experts import SwiGLU
+from moe.model.experts import SwiGLU, local_part
 from moe.model.layer import MoELayer
 from moe.model.loss import IGNORED, chunked_cross_entropy
 from moe.model.router import Router
@@ -102,7 +102,7 @@ class Transformer(nn.Module):
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor, padded: bool = False) -> Output:
         """tokens_BS, targets_BS int64; padded: some targets are IGNORED, and those positions are no load either."""
         targets_T = targets_BS.reshape(-1)
-        x_BSD, stats, losses = self.hidden(tokens_BS, targets_T != IGNORED if padded else None)
+        x_BSD, stats, losses = self._hidden(tokens_BS, targets_T != IGNORED if padded else None)
         head = self.embedding if self.head is None else self.head
         ce = chunked_cross_entropy(self.norm(x_BSD).flatten(0, 1), head.weight, targets_T, self.config.train.loss_chunk)
         if not losses:
@@ -113,6 +113,9 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens_BS: Tensor, mask_T: Tensor | None) -> tuple[Tensor, list[RouterStats], list[RouterLosses]]:
         """The residual stream [B, S, D] after the last block, not yet normalised, and what each MoE layer returned."""
+        return self._hidden(tokens_BS, mask_T)  # apart from it: under FSDP2 each way in gathers the parameters once
+
+    def _hidden(self, tokens_BS: Tensor, mask_T: Tensor | None) -> tuple[Tensor, list[RouterStats], list[RouterLosses]]:
         where = positions(tokens_BS, self.config.model, self.eos_id)
         x_BSD = self.embedding(tokens_BS).to(self.compute_dtype)
         stats, losses = [], []
@@ -143,25 +146,23 @@ class Transformer(nn.Module):
                 continue
             residual = m.scale_residual_init and name.endswith(("wo.weight", "w2", "w2.weight"))
             std = m.init_std / math.sqrt(2 * m.num_layers) if residual else m.init_std
+            local, first = local_part(parameter)
             if ".experts." not in name:
-                _fill_normal(parameter, std, f"{seed}/{name}")
+                _fill_normal(local, first, parameter.shape, std, f"{seed}/{name}")
                 continue
-            local, first = parameter.data, 0
-            if isinstance(local, DTensor):
-                first = local.device_mesh.get_local_rank() * local.to_local().shape[0]
-                local = local.to_local()
-            for index, expert in enumerate(local):
-                _fill_normal(expert, std, f"{seed}/{name}/{first + index}")
+            for index, expert in enumerate(local, start=first[0]):
+                _fill_normal(expert, first[1:], parameter.shape[1:], std, f"{seed}/{name}/{index}")
         for router in self.routers.values():
             router.expert_bias_E.zero_()
             if router.ema_share_E is not None:
                 router.ema_share_E.fill_(1 / m.num_experts)
 
 
-def _fill_normal(tensor: Tensor, std: float, key: str) -> None:
+def _fill_normal(part: Tensor, first: Sequence[int], shape: torch.Size, std: float, key: str) -> None:
+    """Fill the part that begins at index `first` of a tensor of this shape, all of which is drawn."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
-    generator = torch.Generator().manual_seed(seed)
-    tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)
+    whole = torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+    part.copy_(whole[tuple(slice(at, at + size) for at, size in zip(first, part.shape, strict=True))] * std)
 
 
 _EXPENSIVE = {"mm", "bmm", "addmm", "_grouped_mm", "topk", "max", "sort"}

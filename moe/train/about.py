@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 import xxhash
+from torch.distributed.tensor import DTensor
 
 import moe
 from moe.config import Config
-from moe.model.experts import local_tensor
+from moe.model.experts import local_part
 from moe.model.transformer import Transformer
 from moe.observe import cost
 from moe.parallel import Ranks
@@ -49,9 +50,13 @@ def weights_hash(model: Transformer, ranks: Ranks) -> str:
     """A hash of all weights that does not depend on the layout of the ranks: comparisons are refused when it differs."""
     parts: dict[str, str] = {}
     for name, parameter in model.named_parameters():
-        local = local_tensor(parameter.detach()).cpu()
+        local, (first, *_) = local_part(parameter)
+        unit = 1 if ".experts." in name else 0  # whole experts can be hashed where they are
+        if local.shape[unit:] != parameter.shape[unit:]:
+            assert isinstance(parameter, DTensor), "only these have parts"
+            local, first = parameter.full_tensor().detach(), 0  # one at a time
+        local = local.cpu()
         if ".experts." in name:
-            first = ranks.rank % (model.config.parallel.ep) * local.shape[0]
             parts |= {f"{name}/{first + i}": xxhash.xxh3_64_hexdigest(e.numpy().tobytes()) for i, e in enumerate(local)}
         else:
             parts[name] = xxhash.xxh3_64_hexdigest(local.numpy().tobytes())

@@ -78,6 +78,9 @@ class Run:
         self.clock = Clock(ranks.device)
         self.losses_3 = torch.zeros(3, dtype=torch.float64, device=ranks.device)
         self.loss_tokens = torch.zeros((), dtype=torch.int64, device=ranks.device)
+        self.dropped = self.repeated = (
+            0  # since the last line: pairs without room under padded dispatch, steps they cost
+        )
         self.val_ce: float | None = None
 
         self.sinks = Sinks(run_dir, config, self.describe(), self.progress.wandb_id, enabled=ranks.is_main)
@@ -177,6 +180,8 @@ class Run:
             self.losses_3 += out.losses_3
             self.loss_tokens += out.tokens
         p.tokens = p.step * self.config.tokens_per_step
+        self.dropped += out.dropped
+        self.repeated += out.dropped > 0
 
     # -- logging -------------------------------------------------------------------------------------------------------
 
@@ -214,7 +219,10 @@ class Run:
             "speed/mfu": cost.mfu(tokens_per_s, flops, self.peak_tflops),
             "memory/peak_gib": memory,
             **self.goodput.metrics(),
+            "moe/dropped_pairs": self.dropped,
+            "moe/repeated_steps": self.repeated,
         }
+        self.dropped = self.repeated = 0
         self.sinks.write(metrics)
         self.sinks.image({"train/step": p.step, "train/tokens": p.tokens}, self.tracker.last_load())
 

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from moe.config import OptimSection
@@ -14,13 +15,14 @@ from moe.config import OptimSection
 def build_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.AdamW:
     """Fused AdamW (arXiv:1711.05101); no decay on norms and embeddings. The expert bias is a buffer: never in here.
 
-    Sharded and plain parameters are in groups of their own: one fused update cannot mix them.
+    Plain parameters and those of each mesh are in groups of their own: one fused update cannot mix them.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, DeviceMesh | None], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim >= 2 and "embedding" not in name
-            groups.setdefault((decays, isinstance(parameter, DTensor)), []).append(parameter)
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            groups.setdefault((decays, mesh), []).append(parameter)
     return torch.optim.AdamW(
         [{"params": ps, "weight_decay": optim.weight_decay if decays else 0.0} for (decays, _), ps in groups.items()],
         lr=optim.lr,

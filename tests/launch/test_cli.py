@@ -357,10 +357,10 @@ def test_command_and_environment(monkeypatch):
     assert command[-len(tail) :] == tail
     assert command[command.index("--redirects") + 1] == "1:3,2:3"
     assert command[command.index("--max-restarts") + 1] == "2"
-    assert train.environment(3)["OMP_NUM_THREADS"] == "7"
+    assert train.environment(3, options, Path("logs"))["OMP_NUM_THREADS"] == "7"
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert train.environment(3)["OMP_NUM_THREADS"] == "2"
-    assert train.environment(3)["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    assert train.environment(3, options, Path("logs"))["OMP_NUM_THREADS"] == "2"
+    assert train.environment(3, options, Path("logs"))["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
 
 
 def test_a_real_torchrun(words, monkeypatch, capfd, tmp_path):

@@ -16,11 +16,13 @@ from moe.train.data import Batch
 
 class StepOutput(NamedTuple):
     """Of one optimizer step on this rank: losses_3 = sums of (ce, aux, z) over its real tokens, float32, on device;
-    tokens = real tokens of the step over ALL ranks, int64; stats = summed over this rank's micro-batches."""
+    tokens = real tokens of the step over ALL ranks, int64; stats = summed over this rank's micro-batches; dropped = pairs of
+    token and expert, over all ranks, for which padded dispatch had no room: not 0, the step was repeated exactly."""
 
     losses_3: Tensor
     tokens: Tensor
     stats: RouterStats
+    dropped: int = 0
 
 
 class StepResult(NamedTuple):

@@ -1,16 +1,14 @@
-"""The native engine: torch alone. Non-expert parameters are replicated over dp (DDP), experts sharded over ep."""
+"""The native engine: torch alone. Experts are sharded over ep; `data_parallel` replicates or shards the rest over dp."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -18,19 +16,21 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.nn.parallel import DistributedDataParallel
 
 from moe.balance import stats as router_stats
 from moe.balance.losses import global_aux_loss
 from moe.config import Config
 from moe.model.experts import local_tensor
+from moe.model.layer import MoELayer
 from moe.model.loss import IGNORED
 from moe.model.transformer import Output, Transformer
 from moe.parallel import Ranks
 from moe.train.data import Batch
 from moe.train.engines import StepOutput, StepResult
+from moe.train.engines.data_parallel import replicate, shard, sum_expert_gradients
 from moe.train.optim import build_optimizer
 
+# By parameter name, without groups: these differ between layouts, and their settings are the configuration's.
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -39,35 +39,41 @@ class NativeEngine:
 
     def __init__(self, config: Config, ranks: Ranks, eos_id: int):
         self.config, self.ranks = config, ranks
-        self.model = Transformer(config, ranks, eos_id).to(ranks.device)
+        self.sharded = config.parallel.data == "shard" and ranks.dp_mesh is not None
+        with torch.device("meta" if self.sharded else ranks.device):  # no rank ever holds what it would only shard
+            self.model = Transformer(config, ranks, eos_id)
+        if self.sharded:
+            shard(self.model, ranks)
+            self.model.to_empty(device=ranks.device)
         self.model.init_weights(config.run.seed)
         self.optimizer = build_optimizer(self.model, config.optim)
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.expert_parameters = [p for name, p in named if ".experts." in name]
         self.dense_parameters = [p for name, p in named if ".experts." not in name]
-        self.replicated = self._replicate()
-
-    def _replicate(self) -> DistributedDataParallel | None:
-        if self.ranks.dp_group is None:
-            return None
-        # Experts differ between ranks, and the weights are the same everywhere from their seeds: DDP must neither
-        # broadcast nor reduce them. Buffers are the expert bias, which only the balancer writes.
-        experts = [name for name, _ in self.model.named_parameters() if ".experts." in name]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, experts)
-        with warnings.catch_warnings():
-            # Its successor, forward_sync_buffers, does not exist in torch 2.11.
-            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-            replicated = DistributedDataParallel(
-                self.model,
-                process_group=self.ranks.dp_group,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-                init_sync=False,
-            )
-        replicated.register_comm_hook(self.ranks.dp_group, _sum_gradients)
-        return replicated
+        replicated = not self.sharded and ranks.dp_group is not None
+        self.replicated = replicate(self.model, ranks) if replicated else None
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> StepOutput:
+        out = self._accumulate(micro_batches)
+        if out.stats.dropped is None:
+            return out
+        dropped = int(self.ranks.sum(out.stats.dropped.sum()).item())  # sync: once a step, with padded dispatch
+        if dropped:
+            self.optimizer.zero_grad()
+            out = self._exactly(micro_batches)
+        return out._replace(stats=out.stats._replace(dropped=None), dropped=dropped)
+
+    def _exactly(self, micro_batches: Sequence[Batch]) -> StepOutput:
+        layers = [module for module in self.model.modules() if isinstance(module, MoELayer)]
+        for layer in layers:
+            layer.exact = True
+        try:
+            return self._accumulate(micro_batches)
+        finally:
+            for layer in layers:
+                layer.exact = False
+
+    def _accumulate(self, micro_batches: Sequence[Batch]) -> StepOutput:
         device = self.ranks.device
         real = sum(
             int((batch.targets_BS != IGNORED).sum()) for batch in micro_batches
@@ -85,10 +91,8 @@ class NativeEngine:
                 ((out.ce + out.aux + out.z) * scale).backward()
             losses_3 += torch.stack([out.ce, out.aux, out.z]).detach()
             stats = out.stats if stats is None else router_stats.add(stats, out.stats)
-        if self.ranks.edp_group is not None:
-            for parameter in self.expert_parameters:
-                assert parameter.grad is not None, "grouped_gemm gives every expert a gradient"
-                dist.all_reduce(local_tensor(parameter.grad), group=self.ranks.edp_group)
+        if not self.sharded:
+            sum_expert_gradients(self.expert_parameters, self.ranks)
         assert stats is not None, "a step has at least one micro-batch"
         return StepOutput(losses_3, tokens, stats)
 
@@ -107,12 +111,12 @@ class NativeEngine:
         return seen_LE, out._replace(aux=out.aux + aux)
 
     def _grad_norm(self) -> float:
-        """The global norm, each expert once: experts are summed over ep only (edp ranks hold equal copies)."""
-        total = _sum_of_squares([p.grad for p in self.dense_parameters], self.ranks.device)
-        experts = _sum_of_squares([p.grad for p in self.expert_parameters], self.ranks.device)
-        return (
-            math.sqrt(x) if (x := (total + self.ranks.sum_over_ep(experts)).item()) >= 0 else math.nan
-        )  # sync: once a step
+        """The global norm, every parameter once: shards are summed over all ranks, replicas over none, and of the experts
+        those of one ep group (edp ranks hold equal copies)."""
+        dense = _sum_of_squares(self.dense_parameters, self.ranks.device)
+        experts = _sum_of_squares(self.expert_parameters, self.ranks.device)
+        total = self.ranks.sum(dense + experts) if self.sharded else dense + self.ranks.sum_over_ep(experts)
+        return math.sqrt(x) if (x := total.item()) >= 0 else math.nan  # sync: once a step
 
     def step(self) -> StepResult:
         norm = self._grad_norm()
@@ -132,11 +136,11 @@ class NativeEngine:
             group["lr"] = lr
 
     def state_dict(self) -> dict[str, Any]:
+        model = get_model_state_dict(
+            self.model
+        )  # first: after a forward pass alone it puts FSDP2's shards back in place
         moments = get_optimizer_state_dict(self.model, self.optimizer, options=FLAT)
-        return {
-            "model": get_model_state_dict(self.model),
-            "optimizer": {key: value for key, value in moments.items() if key.startswith("state.")},
-        }
+        return {"model": model, "optimizer": {k: v for k, v in moments.items() if k.startswith("state.")}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         set_model_state_dict(self.model, state["model"])
@@ -144,16 +148,8 @@ class NativeEngine:
         set_optimizer_state_dict(self.model, self.optimizer, own | state["optimizer"], options=FLAT)
 
 
-def _sum_of_squares(grads: Sequence[Tensor | None], device: torch.device) -> Tensor:
-    local = [local_tensor(g) for g in grads if g is not None]
+def _sum_of_squares(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
+    local = [local_tensor(p.grad) for p in parameters if p.grad is not None]
     if not local:
         return torch.zeros((), device=device, dtype=torch.float64)
     return torch.stack(torch._foreach_norm(local)).double().square().sum()
-
-
-def _sum_gradients(group, bucket):
-    # DDP's own reduction averages; the loss is divided by the tokens of all ranks already. No annotations: DDP compares
-    # them with its classes, and here they would be strings.
-    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
-    assert work is not None
-    return work.get_future().then(lambda future: future.value()[0])

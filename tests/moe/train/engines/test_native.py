@@ -76,6 +76,30 @@ def test_p01_p02_p22_p25_p29_layouts_and_micro_batches_agree(reference, n, ep, m
         assert sum(expected[0][2][0]) < 8 * 16 * 2  # padding is no load
 
 
+def padded(rank, n):
+    """Three steps with exact dispatch, with room for everything, and with hardly any: losses, norms, counts, dropped pairs."""
+    found = []
+    for dispatch, factor in (("exact", 1.5), ("padded", 2.0), ("padded", 1.0)):
+        config = tiny_config(n, parallel__ep=2, parallel__dispatch=dispatch, parallel__capacity_factor=factor)
+        ranks, rows = build_ranks(rank, n, CPU, 2), []
+        engine = NativeEngine(config, ranks, 0)
+        for step in range(3):
+            out = engine.forward_backward(micro_batches(rank, n, 2, step, True))
+            assert out.stats.dropped is None  # nothing of it travels with the balancing statistics
+            losses = (ranks.sum(out.losses_3) / out.tokens).tolist()
+            rows.append((losses, engine.step().grad_norm, out.stats.tokens_per_expert.tolist(), out.dropped))
+        val = evaluate(engine.model, micro_batches(rank, n, 4, 9, False), ranks).ce
+        found.append((rows, val))
+    return found
+
+
+def test_p38_padded_dispatch_trains_to_the_bit_as_exact_with_and_without_room():
+    for exact, roomy, tight in run_ranks(padded, 2):
+        for found in (roomy, tight):
+            assert [row[:3] for row in found[0]] == [row[:3] for row in exact[0]] and found[1] == exact[1]
+        assert all(row[3] == 0 for row in roomy[0]) and all(row[3] > 0 for row in tight[0])
+
+
 def test_p25_loss_is_a_mean_over_real_tokens_of_the_step_not_of_the_micro_batch():
     config = tiny_config(optim__grad_clip=1e9)
     engine = NativeEngine(config, ALONE, 0)
