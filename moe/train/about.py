@@ -54,7 +54,7 @@ def weights_hash(model: Transformer, ranks: Ranks) -> str:
         unit = 1 if ".experts." in name else 0  # whole experts can be hashed where they are
         if local.shape[unit:] != parameter.shape[unit:]:
             assert isinstance(parameter, DTensor), "only these have parts"
-            local, first = parameter.detach().full_tensor(), 0  # one at a time
+            local, first = parameter.full_tensor().detach(), 0  # one at a time
         local = local.cpu()
         if ".experts." in name:
             parts |= {f"{name}/{first + i}": xxhash.xxh3_64_hexdigest(e.numpy().tobytes()) for i, e in enumerate(local)}

@@ -239,7 +239,7 @@ class Run:
             "flops_per_token": cost.flops_per_token(self.config),
             "peak_tflops": self.peak_tflops,
             "peak_source": self.peak_source,
-            "state_gib": cost.state_gib(self.config),
+            "state_gib": cost.state_gib(self.config, self.ranks.world_size),
             "free_memory_gib": free_memory_gib(self.ranks.device),
             "floor": sampling_floor(
                 self.config.tokens_per_step, self.config.model.num_experts, self.config.model.top_k

@@ -45,7 +45,12 @@ CONFIGURATION = [
     ("--parallel.data sharded", "parallel.data = 'sharded'", "did you mean shard?"),
     ("--parallel.dispatch paded", "parallel.dispatch = 'paded'", "did you mean padded?"),
     ("--parallel.capacity_factor 0.5", "parallel.capacity_factor = 0.5", ">= 1"),
-    ("--parallel.dispatch padded --observe.record_scores 4", "parallel.dispatch = 'padded'", "record_scores = 4", "exact"),
+    (
+        "--parallel.dispatch padded --observe.record_scores 4",
+        "parallel.dispatch = 'padded'",
+        "record_scores = 4",
+        "exact",
+    ),
     (
         "--parallel.data shard --parallel.ep 1 --nproc 3 --train.batch_size 9",
         "parallel.data = 'shard'",
@@ -56,6 +61,9 @@ CONFIGURATION = [
     ),
     ("--nproc 3 --parallel.ep 1", "train.batch_size = 8", "3 ranks"),
     ("--nproc 0", "--nproc 0", "whole number"),
+    ("--nnodes 2", "--nnodes 2", "--rdzv-endpoint host:29400"),
+    ("--nnodes 2 --rdzv-endpoint h:1 --parallel.ep 8", "parallel.ep = 8", "4 ranks"),
+    ("--timeout 0", "--timeout 0", "whole number"),
     ("--model.num_heads 5", "model.dim = 128", "model.num_heads = 5"),
     ("--model.num_kv_heads 3", "model.num_kv_heads = 3", "divisor"),
     ("--model.head_dim 33", "model.head_dim = 33", "even"),
