@@ -173,8 +173,7 @@ class Run:
             self.losses_3 += out.losses_3
             self.loss_tokens += out.tokens
         p.tokens = p.step * self.config.tokens_per_step
-        self.dropped += out.dropped
-        self.repeated += out.dropped > 0
+        self.tracker.count_dropped(out.dropped)
 
     # -- logging -------------------------------------------------------------------------------------------------------
 
@@ -208,10 +207,7 @@ class Run:
             "speed/tflops": tokens_per_s * flops / 1e12,
             "speed/mfu": cost.mfu(tokens_per_s, flops, self.peak_tflops),
             "memory/peak_gib": memory,
-            "moe/dropped_pairs": self.dropped,
-            "moe/repeated_steps": self.repeated,
         }
-        self.dropped = self.repeated = 0
         self.sinks.write(metrics)
         self.sinks.image({"train/step": p.step, "train/tokens": p.tokens}, self.tracker.last_load())
 
