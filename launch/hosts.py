@@ -62,6 +62,8 @@ class Hosts:
             return ["--standalone"]
         words = ["--nnodes", str(self.nnodes), "--node-rank", str(self.node_rank), "--rdzv-backend", "c10d"]
         words += ["--rdzv-endpoint", str(self.rdzv_endpoint), "--rdzv-id", self.rdzv_id]
+        # torchrun would look for itself behind the endpoint's name, and finds only what this machine's own name leads to.
+        words += ["--rdzv-conf", f"is_host={int(self.node_rank == 0)}"]
         return words + (["--local-addr", self.local_addr] if self.local_addr else [])
 
     def again(self) -> list[str]:
@@ -70,6 +72,10 @@ class Hosts:
             return []
         words = ["--nnodes", str(self.nnodes), "--node-rank", str(self.node_rank)]
         return [*words, "--rdzv-endpoint", str(self.rdzv_endpoint)]
+
+    def afresh(self) -> list[str]:
+        """What makes a start without a checkpoint possible; several machines cannot ask for it."""
+        return ["--clean"] if self.nnodes == 1 else []
 
     def logs(self, run_dir: Path) -> Path:
         """Where this machine's log files go."""

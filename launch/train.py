@@ -328,7 +328,7 @@ def finish(run_dir: Path, code: int, signalled: bool, options: Options) -> int:
     else:
         print(crash_report(run_dir, options.logs(run_dir)), file=sys.stderr)
     print(f"  checkpoint  {saved[-1] if saved else 'none'}", file=sys.stderr)
-    print(f"  next        {shlex.join([*again, '--resume' if saved else '--clean'])}", file=sys.stderr)
+    print(f"  next        {shlex.join(again + (['--resume'] if saved else options.afresh()))}", file=sys.stderr)
     return 1
 
 

@@ -91,4 +91,4 @@ def local_part(tensor: Tensor) -> tuple[Tensor, Sequence[int]]:
     if not isinstance(tensor, DTensor):
         return tensor.detach(), [0] * tensor.dim()
     _, first = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return local_tensor(tensor.detach()), first
+    return tensor.to_local().detach(), first

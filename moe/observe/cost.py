@@ -86,8 +86,11 @@ def device_peak_tflops(name: str) -> float | None:
     return next((peak for needed, refused, peak in PEAK_TFLOPS if needed <= words and not refused & words), None)
 
 
-def state_gib(config: Config) -> float:
-    """Float32 parameters, gradients and both moments of AdamW on one rank, experts divided by ep."""
+def state_gib(config: Config, world_size: int = 1) -> float:
+    """Float32 parameters, gradients and both moments of AdamW on one rank: experts divided by ep, everything by the number
+    of ranks with parallel.data = shard."""
     counts = parameter_counts(config)
+    if config.parallel.data == "shard":
+        return 16 * counts.total / world_size / 2**30
     local = counts.total - counts.routed_experts + counts.routed_experts / config.parallel.ep
     return 16 * local / 2**30

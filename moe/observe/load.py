@@ -118,7 +118,7 @@ class LoadTracker:
         )
         self.flips_LE = torch.zeros(shape, dtype=torch.bool, device=device)
         self.last_sign_LE = torch.zeros(shape, dtype=torch.int8, device=device)
-        self.step = 0
+        self.step = self.dropped_pairs = self.repeated_steps = 0
         self._rows: list[tuple[int, np.ndarray]] = []
 
     def update(self, counts_LE: Tensor, tokens_L: Tensor, bias_before_LE: Tensor, bias_after_LE: Tensor) -> None:
@@ -137,6 +137,11 @@ class LoadTracker:
         self.flips_LE = sign_LE * self.last_sign_LE < 0
         self.last_sign_LE = sign_LE
 
+    def count_dropped(self, pairs: int) -> None:
+        """Pairs for which padded dispatch had no room in a step, which was repeated when there were any."""
+        self.dropped_pairs += pairs
+        self.repeated_steps += pairs > 0
+
     def metrics(self, step: int, bias_LE: Tensor) -> dict[str, float]:
         """Metrics of the last batch and of everything seen; closes the interval that ends with `step`."""
         if not self.layers:
@@ -153,6 +158,8 @@ class LoadTracker:
         out |= self._one("flip_rate", self.flips_LE.double().mean(-1).cpu())
         out |= self._one("idle_streak", self.idle_streak_LE.amax(-1).double().cpu())
         out |= self._one("dead", (self.low_streak_LE >= self.DEAD_STEPS).sum(-1).double().cpu())
+        out |= {"moe/dropped_pairs": self.dropped_pairs, "moe/repeated_steps": self.repeated_steps}
+        self.dropped_pairs = self.repeated_steps = 0
         for ranks in self.SIMULATED_RANKS:
             if last.shape[-1] % ranks == 0:
                 out |= self._one(f"straggler_{ranks}_batch", straggler(last, ranks))

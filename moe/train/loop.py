@@ -78,9 +78,6 @@ class Run:
         self.clock = Clock(ranks.device)
         self.losses_3 = torch.zeros(3, dtype=torch.float64, device=ranks.device)
         self.loss_tokens = torch.zeros((), dtype=torch.int64, device=ranks.device)
-        self.dropped = self.repeated = (
-            0  # since the last line: pairs without room under padded dispatch, steps they cost
-        )
         self.val_ce: float | None = None
 
         self.sinks = Sinks(run_dir, config, self.describe(), self.progress.wandb_id, enabled=ranks.is_main)
@@ -180,8 +177,7 @@ class Run:
             self.losses_3 += out.losses_3
             self.loss_tokens += out.tokens
         p.tokens = p.step * self.config.tokens_per_step
-        self.dropped += out.dropped
-        self.repeated += out.dropped > 0
+        self.tracker.count_dropped(out.dropped)
 
     # -- logging -------------------------------------------------------------------------------------------------------
 
@@ -219,10 +215,7 @@ class Run:
             "speed/mfu": cost.mfu(tokens_per_s, flops, self.peak_tflops),
             "memory/peak_gib": memory,
             **self.goodput.metrics(),
-            "moe/dropped_pairs": self.dropped,
-            "moe/repeated_steps": self.repeated,
         }
-        self.dropped = self.repeated = 0
         self.sinks.write(metrics)
         self.sinks.image({"train/step": p.step, "train/tokens": p.tokens}, self.tracker.last_load())
 
@@ -257,7 +250,7 @@ class Run:
             "flops_per_token": cost.flops_per_token(self.config),
             "peak_tflops": self.peak_tflops,
             "peak_source": self.peak_source,
-            "state_gib": cost.state_gib(self.config),
+            "state_gib": cost.state_gib(self.config, self.ranks.world_size),
             "free_memory_gib": free_memory_gib(self.ranks.device),
             "floor": sampling_floor(
                 self.config.tokens_per_step, self.config.model.num_experts, self.config.model.top_k

@@ -61,6 +61,8 @@ CONFIGURATION = [
     ),
     ("--nproc 3 --parallel.ep 1", "train.batch_size = 8", "3 ranks"),
     ("--nproc 0", "--nproc 0", "whole number"),
+    ("--nnodes 2", "--nnodes 2", "--rdzv-endpoint host:29400"),
+    ("--nnodes 2 --rdzv-endpoint h:1 --parallel.ep 8", "parallel.ep = 8", "4 ranks"),
     ("--model.num_heads 5", "model.dim = 128", "model.num_heads = 5"),
     ("--model.num_kv_heads 3", "model.num_kv_heads = 3", "divisor"),
     ("--model.head_dim 33", "model.head_dim = 33", "even"),

@@ -28,7 +28,7 @@ def test_the_script_says_what_was_asked_and_bash_reads_it(tmp_path: Path, capsys
 
 @pytest.mark.parametrize("nodes", [1, 2])
 @pytest.mark.parametrize("code", [0, 75, 2])
-@pytest.mark.parametrize("saved", [0, 2])
+@pytest.mark.parametrize("saved", [0, 3])
 def test_a_job_starts_every_machine_resumes_and_queues_itself_again_on_75_alone(tmp_path: Path, nodes, code, saved):
     own = ["--nodes", str(nodes), *OWN[2:]]
     text, _ = slurm.script([*own, "--", *TRAIN[1:], "--run.folder", str(tmp_path / "r u n s")])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import kernels.permute
 from kernels.combine import combine
 from kernels.permute import count_tokens, permute, sort_by_expert
 from moe.balance.stats import RouterStats
@@ -148,6 +149,7 @@ def waits(rank, n):
     """How often the host asks a tensor for its value, by dispatcher, forward and backward."""
     group, found = build_ranks(rank, n, CPU, n).ep_group, {}
     assert group is not None
+    kernels.permute._check_range = lambda *_: None  # only a CPU looks at every id
     for dispatcher in (AllToAllDispatcher(E, group), PaddedDispatcher(E, group, 2.0)):
         x, routing, calls = x_of(rank, torch.float32), routing_of("random", rank), []
         real = {

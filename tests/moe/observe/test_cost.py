@@ -106,6 +106,7 @@ def test_memory_divides_only_the_routed_experts():
     p = cost.parameter_counts(tiny_config())
     assert alone == 16 * p.total
     assert two == 16 * (p.total - p.routed_experts / 2)
+    assert cost.state_gib(tiny_config(4, parallel__data="shard"), 4) * 2**30 == 16 * p.total / 4
 
 
 def test_cost_imports_no_torch():

@@ -258,6 +258,16 @@ def test_model_without_experts_reports_nothing():
     assert load.late_maxvio(tracker.history(), 0.2) == []
 
 
+def test_dropped_pairs_and_repeated_steps_are_counted_since_the_last_line():
+    tracker = LoadTracker([1], 4, 2, ep=1)
+    for pairs in (3, 0, 4):
+        tracker.count_dropped(pairs)
+    stepped(tracker, torch.full((1, 4), 6, dtype=torch.int64))
+    found = tracker.metrics(1, zeros_LE(1, 4))
+    assert (found["moe/dropped_pairs"], found["moe/repeated_steps"]) == (7, 2)
+    assert tracker.metrics(2, zeros_LE(1, 4))["moe/dropped_pairs"] == 0
+
+
 # -- docs/metrics.md -------------------------------------------------------------------------------------------------
 
 

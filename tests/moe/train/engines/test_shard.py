@@ -51,8 +51,8 @@ def one(rank, n, ep, data, folder):
     checkpoint.save(Path(folder) / f"{n}-{ep}-{data}", 2, engine.state_dict(), {}, ranks, 1)
     # Forward passes without backward between two steps, by either way in, leave no trace.
     batch = share(rank, n, 5)[0]
-    found["ce"] = evaluate(engine.model, [batch], ranks).ce
     found["scores"] = probe_scores(engine.model, [(batch.tokens_BS, None)], ranks).numpy()
+    found["ce"] = evaluate(engine.model, [batch], ranks).ce
     kept = state_of(engine)
     found["kept"] = all(np.array_equal(v, kept[k]) for k, v in found["saved"].items()) if rank == 0 else None
     found["after"] = train(engine, ranks, 1)
