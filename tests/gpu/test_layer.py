@@ -71,7 +71,7 @@ def test_a_compiled_block_is_one_graph_and_the_same_numbers(device: torch.device
 
 
 def test_p19_addresses_beyond_32_bits(device: torch.device, large: bool):
-    # 65,537 tokens of a V3-like layer: T K D = 3.8e9 and R 2F = 2**31 + 2**15 values. 25 GiB.
+    # 65,537 tokens of a V3-like layer: T K D = 3.8e9 and R 2F = 2**31 + 2**15 values. Some 35 GiB by count.
     s = Shape(65_537, 7168, 2048, 32, 8) if large else Shape(41, 72, 24, 9, 4)
     generator = torch.Generator(device).manual_seed(0)
 
@@ -83,7 +83,7 @@ def test_p19_addresses_beyond_32_bits(device: torch.device, large: bool):
     weights = torch.rand(s.T, s.K, generator=generator, device=device)
     p = sort_by_expert(ids, s.E)
     rows = permute(x, p)
-    some = torch.cat([torch.arange(3, device=device), torch.arange(s.T - 3, s.T, device=device)])
+    some = torch.cat([torch.arange(2, device=device), torch.arange(s.T - 2, s.T, device=device)])
     assert torch.equal(rows[p.inverse_TK[some]], x[some][:, None].expand(-1, s.K, -1))
     out = combine(rows, weights, p)
     exact = weights[some].double().sum(1, keepdim=True) * x[some].double()
