@@ -81,7 +81,7 @@ def checks(data: Path, runs: Path, offline: bool) -> dict[str, Callable[[], Find
         "devices": devices,
         "triton": triton,
         "gloo": gloo,
-        "nccl": nccl,
+        "nccl": multi_gpu,
         "ports": ports,
         "disk": lambda: disk(runs),
         "data": lambda: prepared(data),
@@ -179,13 +179,14 @@ def gloo() -> Finding:
     return Finding(True, "two processes met over loopback and added 1 and 1")
 
 
-def nccl() -> Finding:
+def multi_gpu() -> Finding:
     """Needed for more than one GPU."""
     import torch
     import torch.distributed as dist
+    from torch.cuda import nccl
 
     if dist.is_nccl_available() and torch.cuda.is_available():
-        return Finding(True, ".".join(map(str, torch.cuda.nccl.version())))
+        return Finding(True, ".".join(map(str, nccl.version())))
     if torch.cuda.device_count() > 1:
         return Finding(False, "this torch has none", "install the CUDA build of torch")
     return Finding(None, "none, and none is needed here")
