@@ -81,7 +81,7 @@ def checks(data: Path, runs: Path, offline: bool) -> dict[str, Callable[[], Find
         "devices": devices,
         "triton": triton,
         "gloo": gloo,
-        "nccl": nccl,
+        "nccl": multi_gpu,
         "ports": ports,
         "disk": lambda: disk(runs),
         "data": lambda: prepared(data),
@@ -179,7 +179,7 @@ def gloo() -> Finding:
     return Finding(True, "two processes met over loopback and added 1 and 1")
 
 
-def nccl() -> Finding:
+def multi_gpu() -> Finding:
     """Needed for more than one GPU."""
     import torch
     import torch.distributed as dist

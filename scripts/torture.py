@@ -58,11 +58,11 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="default: 15 a kill and 100 more")
+    parser.add_argument("--steps", type=int, help="default: 20 a kill and 200 more")
     parser.add_argument("--every", type=int, default=5, help="steps between checkpoints")
     parser.add_argument("--out", type=Path, help="keep the runs here; default: a folder that is removed")
     o = parser.parse_args(argv)
-    steps = o.steps or 15 * o.kills + 100
+    steps = o.steps or 20 * o.kills + 200
     folder = o.out or Path(tempfile.mkdtemp(prefix="torture-"))
     make_token_folder(folder / "data", {"text": 40_000})
     began = time.monotonic()

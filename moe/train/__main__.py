@@ -81,7 +81,7 @@ def run(config: Config, run_dir: Path, resume: bool) -> Outcome:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     # A collective must not give up before the watchdog has said who is missing.
-    rank, world_size, device = join_ranks(timeout_s=2 * config.train.timeout_s + 60)
+    rank, world_size, device = join_ranks(2 * config.train.timeout_s + 60)
     config = resolve(config, world_size, cuda=device.type == "cuda")
     # A worker that torchrun started again continues; its first attempt may have died before the first checkpoint.
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0

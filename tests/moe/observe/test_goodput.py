@@ -53,13 +53,15 @@ def test_every_second_is_in_one_part_and_the_shares_add_up(clock, tmp_path):
     assert sum(shares.values()) == pytest.approx(1)
 
 
-def test_a_restart_costs_everything_from_its_checkpoint_to_its_first_step(clock, tmp_path):
+@pytest.mark.parametrize("events", [True, False])  # the file may be gone; the checkpoint says the same
+def test_a_restart_costs_everything_from_its_checkpoint_to_its_first_step(clock, tmp_path, events):
     meter = Goodput(1000.0, tmp_path / "events.jsonl")
     steps(meter, clock, 4)
     saved = json.loads(json.dumps(meter.state()))
     steps(meter, clock, 2)  # lost: 11 s
     clock(100)  # down
-    (tmp_path / "events.jsonl").write_text('{"time": 1000.0}\n')
+    if events:
+        (tmp_path / "events.jsonl").write_text('{"time": 1000.0}\n')
     after = Goodput(1133.0, tmp_path / "events.jsonl")
     after.resume(saved)
     clock(7)  # starting

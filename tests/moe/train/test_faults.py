@@ -66,7 +66,7 @@ CRASHES = [
 def test_a_crash_is_one_block_with_the_first_rank_and_the_next_command(start, tmp_path, case):
     fault, rank, cause, step = case
     code, printed, seconds = start(fault)
-    assert code == 1 and seconds < 120
+    assert code == 1 and seconds < 300  # nobody waited for the 20 minutes of a collective
     first, *rest = block(printed)
     found = dict(line.strip().split(None, 1) for line in (x.replace("last step", "last_step") for x in rest))
     assert first == f"error: a worker crashed ({rank})" and found["exception"].startswith(cause)
@@ -78,12 +78,13 @@ def test_a_crash_is_one_block_with_the_first_rank_and_the_next_command(start, tm
 
 def test_bad_data_on_one_rank_alone_hangs_nobody(start):
     code, printed, seconds = start("dataerror:1:8")
-    assert code == 3 and seconds < 90
+    assert code == 3 and seconds < 300
     assert block(printed)[0] == "error: the corpus is gone (on rank 1 alone)"
 
 
-def test_a_rank_that_is_killed_is_restarted_and_the_run_goes_on_from_its_checkpoint(start, tmp_path):
-    code, printed, _ = start("kill:1:8", "--max-restarts", "1")
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_rank_that_is_killed_is_restarted_and_the_run_goes_on_from_its_checkpoint(start, tmp_path, rank):
+    code, printed, _ = start(f"kill:{rank}:8", "--max-restarts", "1")
     assert code == 0, printed
     assert whole(tmp_path) == ["step-00000010", "step-00000012"]
     events = [json.loads(line) for line in (tmp_path / "tiny" / "events.jsonl").read_text().splitlines()]
@@ -112,8 +113,8 @@ def test_a_save_that_fails_on_one_rank_ends_the_run_with_5_and_leaves_the_older_
 )
 def test_a_rank_that_hangs_is_named_in_time(start, tmp_path, fault, says):
     code, printed, seconds = start(fault, "--train.timeout_s", "8")
-    assert code == 1 and seconds < 90, printed
-    lines = block(printed.replace("no progress", "error: no progress", 0))
+    assert code == 1 and seconds < 300, printed
+    lines = block(printed)
     assert lines[0] == f"error: no progress for 8 s (train.timeout_s): {says}"
     assert any(line.startswith("  rank 0") and "step 8" in line for line in lines)
     stacks = [json.loads(file.read_text()) for file in (tmp_path / "tiny" / "logs" / "hang").glob("rank*.json")]
