@@ -11,6 +11,9 @@ import moe
 COMMANDS = {
     "train": ("launch.train", "train a model on the processes of this machine"),
     "prepare": ("launch.prepare", "turn a corpus into a tokenizer and token files"),
+    "report": ("launch.report", "one HTML file from run folders, to read or to compare"),
+    "watch": ("launch.watch", "follow a run in the terminal"),
+    "dashboard": ("launch.dashboard", "show the W&B dashboard, or push it as a new saved view"),
     "theory": ("launch.theory", "run balancing rules on score streams beside the theory's bounds"),
 }
 

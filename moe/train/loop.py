@@ -206,6 +206,8 @@ class Run:
         }
         self.sinks.write(metrics)
         self.sinks.image({"train/step": p.step, "train/tokens": p.tokens}, self.tracker.last_load())
+        if self.ranks.is_main:
+            self.tracker.write_latest(self.run_dir / "loads-latest.npz")
 
     def evaluate(self) -> None:
         """Held-out loss and load, the bias frozen."""
