@@ -4,11 +4,12 @@ no driver to install, no port to listen on."""
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
 import shutil
-import subprocess
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,13 @@ class Browser:
         theirs_in, self._out = os.pipe()
         self._in, theirs_out = os.pipe()
         command = [CHROMIUM, *FLAGS, *OFFLINE, f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank"]
-        shell = ["/bin/sh", "-c", f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}', *command]
-        with (profile.parent / "chromium.log").open("w") as log:
-            self._process = subprocess.Popen(shell, pass_fds=(theirs_in, theirs_out), stdout=log, stderr=log)
-        os.close(theirs_in)
-        os.close(theirs_out)
+        high_in, high_out = (fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in (theirs_in, theirs_out))  # neither is 3 or 4
+        log = str(profile.parent / "chromium.log"), os.O_CREAT | os.O_WRONLY, 0o644
+        actions = [(os.POSIX_SPAWN_OPEN, 1, *log), (os.POSIX_SPAWN_DUP2, 1, 2)]
+        actions += [(os.POSIX_SPAWN_DUP2, high_in, 3), (os.POSIX_SPAWN_DUP2, high_out, 4)]
+        self._pid = os.posix_spawn(CHROMIUM, command, os.environ, file_actions=actions)
+        for fd in (theirs_in, theirs_out, high_in, high_out):
+            os.close(fd)
         self._buffer, self._count = b"", 0
         self._session: str | None = None
         self.requests: list[str] = []
@@ -43,8 +46,8 @@ class Browser:
 
     def close(self) -> None:
         """End the browser."""
-        self._process.kill()
-        self._process.wait()
+        os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
         os.close(self._in)
         os.close(self._out)
 

@@ -68,6 +68,15 @@ def flops_per_token(config: Config) -> float:
     return 6.0 * matrices + 6.0 * m.num_layers * config.data.seq_len * m.num_heads * head_dim
 
 
+def imbalance_share(config: Config, straggler: float) -> float:
+    """Estimated share of a step that is lost to the busiest expert-parallel rank. straggler: its load over the mean, mean
+    over MoE layers. The time of the routed experts is taken as their share of the FLOPs."""
+    m = config.model
+    routed = 6.0 * config.num_moe_layers * m.top_k * 3 * m.dim * m.expert_hidden_dim / flops_per_token(config)
+    waiting = routed * (straggler - 1)
+    return waiting / (1 + waiting)
+
+
 def mfu(tokens_per_s: float, flops: float, peak_tflops: float) -> float:
     """Model FLOPs utilisation on active parameters: a share of the peak of all devices together."""
     return tokens_per_s * flops / (peak_tflops * 1e12)

@@ -230,7 +230,7 @@ class LoadTracker:
         if path.exists():
             with np.load(path) as file:
                 counts = file["counts"]
-                bias = file["bias"] if "bias" in file else np.full(counts.shape, np.nan, np.float32)
+                bias: np.ndarray = file["bias"] if "bias" in file else np.full(counts.shape, np.nan, np.float32)
                 rows = [_Row(*row) for row in zip(file["steps"].tolist(), counts, bias, strict=True)]
                 self._rows = [row for row in rows if row.step <= last_step]
 

@@ -125,10 +125,15 @@ function stripFigure(title, url, strips, layer, text) {
       ...(steps.length > 2 ? [el("span", {}, `${middle}`)] : []), el("span", {}, `${steps.at(-1)[1]}`)));
 }
 
-function scale(from, to, labels) {
+function loadScale() {
+  const [from, to] = [D.first, D.palette.length];
   const stops = D.palette.slice(from, to).map((rgb) => `rgb(${rgb.join()})`).join();
-  return el("p", { class: "scale", "aria-hidden": "true" }, ...labels[0], el("i", { style: `background:linear-gradient(90deg,${stops})` }),
-    ...labels[1]);
+  const marks = [0, 0.5, 1, 2, 16].map((value) => {
+    const at = D.load_values.findIndex((v, index) => index >= from && v >= value - 1e-9) - from;
+    return el("span", { style: `left:${(100 * at) / (to - from - 1)}%` }, `${value}${value ? "×" : ""}`);
+  });
+  return el("div", { class: "scale", "aria-hidden": "true" }, el("i", {}, "idle"),
+    el("div", { style: `background:linear-gradient(90deg,${stops})` }, ...marks));
 }
 
 function layersOf(run) {
@@ -187,12 +192,13 @@ function stripsOf(kind, text, title) {
 function drawLayer() {
   const layer = state.layer;
   byId("strip-panel").replaceChildren(...stripsOf("load", () => loadText, () => `layer ${layer}, load of each expert`),
-    scale(D.first, D.palette.length, [[el("b"), "idle", " 0"], ["16 × the mean (white: 1, orange: 2)"]]));
+    loadScale());
+  const band = bandLines();
   byId("bias-panel").replaceChildren(
-    chart({ title: `Bias of layer ${layer}`, unit: "score", note: "Over experts: lowest, 10 %, median, 90 %, highest.", lines: bandLines(), dashed: true }),
+    ...(band.length ? [chart({ title: `Bias of layer ${layer}, over its experts`, unit: "score", lines: band })] : []),
     ...stripsOf("bias", (run, place) => biasText(run.strips.bias_limit[place]),
       (run, place) => `layer ${layer}, bias of each expert, −${show(run.strips.bias_limit[place])} (blue) to ${show(run.strips.bias_limit[place])} (orange)`));
-  for (const figure of document.querySelectorAll("[data-per-layer]")) figure.redraw();
+  for (const figure of document.querySelectorAll("[data-per-layer], #bias-panel figure")) figure.redraw();
 }
 
 function bandLines() {
@@ -219,7 +225,7 @@ function linesOf(spec) {
 }
 
 function ticks(low, high, log, most) {
-  if (log) {
+  if (log && high > 4 * low) {
     const [from, to] = [Math.floor(Math.log10(low)), Math.ceil(Math.log10(high))];
     const every = Math.max(1, Math.ceil((to - from) / most));
     const parts = to - from <= 2 ? [1, 2, 5] : [1];
@@ -255,7 +261,7 @@ function plot(lines, floors, logX, logY, width, title, unit) {
   for (const v of ticks(y0, y1, logY, 5))
     picture.append(svg("line", { class: "grid", x1: left, x2: width - right, y1: py(v), y2: py(v) }),
       svg("text", { x: left - 6, y: py(v) + 4, "text-anchor": "end" }, show(v)));
-  for (const v of ticks(x0, x1, logX, Math.max(2, Math.floor(width / 110))))
+  for (const v of ticks(x0, x1, logX, Math.max(3, Math.floor(width / 110))))
     picture.append(svg("line", { class: "grid", x1: px(v), x2: px(v), y1: top, y2: height - bottom }),
       svg("text", { x: clamp(px(v), left, width - right - 12), y: height - 10, "text-anchor": "middle" }, show(v)));
   picture.append(svg("text", { x: left, y: 10 }, unit));

@@ -106,14 +106,18 @@ def _read(run: RunData, name: str, read: Any) -> Any:
     try:
         return read(file)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        run.problems.append(f"{name} cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
+        run.problems.append(
+            f"{name} cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        )
         return None
 
 
 def _count_bad(run: RunData, name: str, found: tuple[list[dict[str, Any]], int] | None) -> list[dict[str, Any]]:
     rows, bad = found or ([], 0)
     if bad:
-        run.problems.append(f"{bad:,} line{'s' if bad > 1 else ''} of {name} cannot be read and {'are' if bad > 1 else 'is'} left out")
+        run.problems.append(
+            f"{bad:,} line{'s' if bad > 1 else ''} of {name} cannot be read and {'are' if bad > 1 else 'is'} left out"
+        )
     return rows
 
 
@@ -150,7 +154,7 @@ def read_loads(file: Path) -> Loads:
     """loads.npz or loads-latest.npz. Raises ValueError and what numpy raises."""
     with np.load(file) as arrays:
         steps, counts, layers = arrays["steps"], arrays["counts"], arrays["layers"].tolist()
-        bias = arrays["bias"] if "bias" in arrays else None
+        bias = arrays.get("bias")
     if counts.ndim != 3 or counts.shape[:2] != (len(steps), len(layers)):
         raise ValueError(f"counts have the shape {counts.shape} for {len(steps)} steps and {len(layers)} layers")
     if bias is not None and bias.shape != counts.shape:

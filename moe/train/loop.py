@@ -200,6 +200,7 @@ class Run:
             "speed/step_s": seconds / steps,
             "speed/balance_share": balance_seconds / seconds,
             "speed/regret_share": regret_seconds / seconds,
+            "speed/imbalance_share": cost.imbalance_share(self.config, metrics.get("moe/straggler_batch/mean", 1.0)),
             "speed/tflops": tokens_per_s * flops / 1e12,
             "speed/mfu": cost.mfu(tokens_per_s, flops, self.peak_tflops),
             "memory/peak_gib": memory,

@@ -211,3 +211,21 @@ def test_theory_refuses_in_one_sentence(words, says, tmp_path):
     out = [] if "--out" in words else ["--out", str(tmp_path / "out")]
     refused(alf_moe("theory", *words.split(), *out), 2, *says)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("report absent", ("absent does not exist", "runs/tiny")),
+        ("report Makefile", ("Makefile is a file", "run folder")),
+        ("report docs", ("docs holds no run", "alf-moe train")),
+        ("report {run} {run}", ("is named twice",)),
+        ("report {run} -o docs", ("--out docs is a folder", "docs/report.html")),
+        ("report {run} -o nowhere/report.html", ("there is no folder nowhere",)),
+    ],
+)
+def test_readers_of_a_run_refuse_in_one_sentence(words, says, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    refused(alf_moe(*words.format(run=tmp_path / "run").split()), 2, *says)
+    assert not (tmp_path / "run" / "report.html").exists()
