@@ -29,6 +29,12 @@ def make_run(
         for n in range(steps):
             row = {key: float(generator.gamma(20) / 20) for key in KEYS if not key.startswith("val/")}
             row |= {"regret/bound_covers": 1.0, "train/step": n + 1, "train/tokens": 128 * (n + 1), "speed/step_s": 0.5}
+            row |= {
+                "moe/idle_batch/max": 1.0,
+                "moe/idle_streak/max": 12.0,
+                "moe/dead/max": 2.0,
+                "optim/skipped_steps": 0.0,
+            }
             worst = counts[n].max(-1) / counts[n].mean(-1) - 1
             row |= {f"moe/maxvio_batch/layer_{layer:02d}": float(v) for layer, v in zip(numbers, worst, strict=True)}
             file.write(json.dumps(row) + "\n")

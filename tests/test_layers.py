@@ -149,7 +149,19 @@ def test_kernels_is_no_hub_package():
     assert "__version__" not in names
 
 
-@pytest.mark.parametrize("module", ["moe.config", "moe.observe.cost", "launch.cli", "launch.train", "launch.prepare", "launch.report", "launch.watch", "moe.observe.report"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "moe.config",
+        "moe.observe.cost",
+        "launch.cli",
+        "launch.train",
+        "launch.prepare",
+        "launch.report",
+        "launch.watch",
+        "moe.observe.report",
+    ],
+)
 def test_no_torch(module: str):
     code = f"import sys, {module}; print([m for m in ('torch', 'triton', 'wandb') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

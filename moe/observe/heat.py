@@ -40,7 +40,7 @@ def load_values() -> list[float | None]:
     return [0.0, None, *near, *(2 * 2 ** (i / 4) for i in range(1, BEYOND + 1))]
 
 
-def load_index(load: np.ndarray) -> np.ndarray:
+def load_index(load: np.ndarray | float) -> np.ndarray:
     """uint8 palette index of A_k / L; NaN is unknown."""
     safe = np.nan_to_num(load, nan=1.0, posinf=16.0)
     octaves = 4 * np.log2(np.maximum(safe, 2.0) / 2)

@@ -84,10 +84,7 @@ def read_run(path: Path) -> RunData:
     """Raises ConfigError when the folder is none of a run."""
     check_folder(path)
     run = RunData(path, path.resolve().name)
-    run.config = flatten(_read(run, "config.toml", lambda file: tomllib.loads(file.read_text())) or {})
-    run.about = _read(run, "run.json", _json_object) or {}
-    if (path / "exit.json").exists():
-        run.outcome = _read(run, "exit.json", _json_object) or {}
+    read_settings(run)
     rows = _read(run, "metrics.jsonl", lambda file: (read_metrics(file), bad_lines(file)))
     run.rows = _count_bad(run, "metrics.jsonl", rows)
     run.events = _count_bad(run, "events.jsonl", _read(run, "events.jsonl", json_lines))
@@ -95,6 +92,14 @@ def read_run(path: Path) -> RunData:
         run.problems.append("no step is logged yet: there are no curves")
     run.loads = _read(run, "loads.npz", read_loads)
     return run
+
+
+def read_settings(run: RunData) -> None:
+    """The small files: config.toml, run.json, exit.json. Problems are found anew."""
+    run.problems.clear()
+    run.config = flatten(_read(run, "config.toml", lambda file: tomllib.loads(file.read_text())) or {})
+    run.about = _read(run, "run.json", _json_object) or {}
+    run.outcome = (_read(run, "exit.json", _json_object) if (run.path / "exit.json").exists() else None) or {}
 
 
 def _read(run: RunData, name: str, read: Any) -> Any:

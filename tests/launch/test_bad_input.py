@@ -222,6 +222,10 @@ def test_theory_refuses_in_one_sentence(words, says, tmp_path):
         ("report {run} {run}", ("is named twice",)),
         ("report {run} -o docs", ("--out docs is a folder", "docs/report.html")),
         ("report {run} -o nowhere/report.html", ("there is no folder nowhere",)),
+        ("watch absent", ("absent does not exist", "runs/tiny")),
+        ("watch Makefile --once", ("Makefile is a file", "run folder")),
+        ("watch {run} --interval 0", ("--interval 0", "0.1 to 3600")),
+        ("watch {run} --interval nan", ("--interval nan", "0.1 to 3600")),
     ],
 )
 def test_readers_of_a_run_refuse_in_one_sentence(words, says, tmp_path):
