@@ -1,4 +1,4 @@
-"""The offline report: run folders in, one HTML file out that needs nothing else (report.html, report.css, report.js).
+"""The offline report: run folders in, one HTML file out that needs nothing else (report.html, report.css, report.js, report_curves.js).
 
 Letters: N logged steps, L MoE layers, E experts, C columns of a strip.
 """
@@ -137,7 +137,7 @@ def build(runs: Sequence[RunData]) -> str:
     # The data come last: what is in them is never searched for the other marks.
     for mark, text in (
         ("/*style*/", here.joinpath("report.css").read_text()),
-        ("/*script*/", here.joinpath("report.js").read_text()),
+        ("/*script*/", here.joinpath("report.js").read_text() + here.joinpath("report_curves.js").read_text()),
         ("/*data*/", json.dumps(data, separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c")),
     ):
         before, after = page.split(mark)

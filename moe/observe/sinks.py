@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from moe.config import Config
 from moe.observe.console import startup_block, step_line, summary_table
+from moe.observe.dashboard import IMAGE, is_shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,7 +53,8 @@ class Sinks:
         self._metrics.write(json.dumps(finite) + "\n")
         if self._wandb is not None:
             try:
-                self._wandb.log(metrics)  # never step=: rows below the last one would be dropped after a resume
+                shown = {key: value for key, value in metrics.items() if is_shown(key)}
+                self._wandb.log(shown)  # never step=: rows below the last one would be dropped after a resume
             except Exception as error:
                 self.warn("wandb.log", f"W&B stopped taking metrics ({error}); metrics.jsonl has everything")
                 self._wandb = None
@@ -67,7 +69,7 @@ class Sinks:
 
             from moe.observe.heat import heat_map
 
-            self._wandb.log({**where, "moe/load_heatmap": wandb.Image(heat_map(load_LE))})
+            self._wandb.log({**where, IMAGE: wandb.Image(heat_map(load_LE))})
         except Exception as error:
             self.warn("wandb.image", f"W&B took no heat map ({error}); loads.npz has the loads")
 
@@ -112,6 +114,8 @@ class Sinks:
                 self._wandb = wandb.init(
                     project=self.config.observe.wandb_project,
                     name=self.config.run.name,
+                    group=self.config.observe.wandb_group,
+                    job_type=self.config.balance.method,
                     id=self.wandb_id,
                     resume="allow",
                     mode=mode,
