@@ -1,4 +1,4 @@
-"""The offline report: run folders in, one HTML file out that needs nothing else (report.html, report.css, report.js, report_curves.js).
+"""The offline report: run folders in, one HTML file out that needs nothing else (report.html, .css, .js, report_curves.js).
 
 Letters: N logged steps, L MoE layers, E experts, C columns of a strip.
 """
