@@ -142,7 +142,16 @@ def compare(pairs: int, steps: int, folder: Path) -> None:
     for pair in range(pairs):
         order = list(seconds) if pair % 2 == 0 else list(reversed(seconds))  # a drift of the machine meets both
         for name in order:
-            words = ["--train.steps", str(steps), "--run.folder", str(folder), "--run.name", f"{name}-{pair}"]
+            words = [
+                "--train.steps",
+                str(steps),
+                "--optim.warmup_steps",
+                "0",
+                "--run.folder",
+                str(folder),
+                "--run.name",
+                f"{name}-{pair}",
+            ]
             words += [
                 "--evaluate.max_tokens",
                 "4096",
