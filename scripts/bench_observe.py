@@ -1,7 +1,7 @@
 """What observing a run costs: each part timed by itself, as a share of a step, and the bytes that it writes.
 
     python scripts/bench_observe.py                     # the parts, at the tiny preset's shape and at 27 layers x 64 experts
-    python scripts/bench_observe.py --ab 6 --steps 60   # runs of configs/tiny.toml with and without, in turn; quiet machine
+    python scripts/bench_observe.py --ab 6              # runs of configs/tiny.toml with and without, in turn; quiet machine
 
 The parts are timed on one process and W&B offline, at the default intervals: counting at every step, a logged line every
 observe.log_every steps, a heat map at most 200 times a run, a probe of the regret every observe.regret_every steps.
@@ -180,7 +180,12 @@ def main() -> int:
         "--cpu", action="store_true", help="CPU time of this process in place of the wall clock: for a busy machine"
     )
     parser.add_argument("--ab", type=int, default=0, metavar="PAIRS", help="pairs of runs; default: no A/B")
-    parser.add_argument("--steps", type=int, default=60, help="steps of a run of the A/B")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=100,
+        help="steps of a run of the A/B; a multiple of observe.regret_every, of which one probe comes at the first step",
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     tiny = resolve(load([str(TINY)], ["--observe.wandb", "offline"]), 2)

@@ -53,9 +53,9 @@ function plot(lines, floors, logX, logY, width, title, unit) {
   picture.append(svg("text", { x: left, y: 10 }, unit));
   for (const v of floors) picture.append(svg("line", { class: "floor", x1: left, x2: width - right, y1: py(v), y2: py(v) }));
   for (const line of lines) {
-    const path = line.x.map((x, i) => `${i ? "L" : "M"}${px(x).toFixed(1)} ${py(line.y[i]).toFixed(1)}`).join("");
+    const path = line.x.map((x, i) => `${line.begins[i] ? "M" : "L"}${px(x).toFixed(1)} ${py(line.y[i]).toFixed(1)}`).join("");
     picture.append(svg("path", { class: "curve", d: path, stroke: line.colour, "stroke-dasharray": line.dash || null }));
-    if (line.x.length < 25)
+    if (line.x.length < 25 || line.begins.filter(Boolean).length > 1)
       for (const [i, x] of line.x.entries()) picture.append(svg("circle", { cx: px(x), cy: py(line.y[i]), r: 2.6, fill: line.colour }));
   }
   const ends = lines.map((line) => `${line.name} ${show(line.y[0])} to ${show(line.y.at(-1))}`).join("; ");
@@ -135,7 +135,9 @@ function chart(spec) {
     const lines = everything.filter((line) => !hidden.has(line.name)).map((line) => {
       const keep = line.x.map((x, i) => (!shape.x || x > 0) && (!shape.y || line.y[i] > 0));
       dropped += keep.filter((k) => !k).length;
-      return { ...line, x: line.x.filter((_, i) => keep[i]), y: line.y.filter((_, i) => keep[i]) };
+      const kept = [...keep.keys()].filter((i) => keep[i]);
+      const begins = kept.map((i) => i === 0 || !keep[i - 1]); // no line over what is left out
+      return { ...line, x: kept.map((i) => line.x[i]), y: kept.map((i) => line.y[i]), begins };
     }).filter((line) => line.x.length);
     if (dropped) notes.push(`${dropped} value${dropped > 1 ? "s" : ""} at or below 0 ${dropped > 1 ? "have" : "has"} no place on a logarithmic axis: switch it off to see ${dropped > 1 ? "them" : "it"}.`);
     if (floors.length) notes.push(`Dotted: sampling floor ${floors.map(show).join(", ")}.`);

@@ -219,6 +219,23 @@ def test_a_rule_without_a_bound_is_marked(tmp_path, browser):
 
 
 @IN_A_BROWSER
+def test_what_a_logarithmic_axis_leaves_out_is_said_and_not_drawn_over(tmp_path, browser):
+    folder = make_run(tmp_path / "r", steps=5)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row, value in zip(rows, (1.0, 2.0, -3.0, 4.0, 5.0), strict=False):
+        row["regret/static_sum/max"] = value
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report(folder, "-o", tmp_path / "out.html")
+    shown(browser, tmp_path / "out.html")
+    figure = "[aria-label='Regret against its bound']"
+    path = f"document.querySelector(\"{figure} path.curve\").getAttribute('d').replace(/[^A-Z]/g, '')"
+    assert browser.run(path) == "MLML"
+    assert "1 value at or below 0 has no place on a logarithmic axis" in text(browser, figure)
+    browser.run(f'document.querySelectorAll("{figure} .axes button")[1].click()')
+    assert browser.run(path) == "MLLLL"
+
+
+@IN_A_BROWSER
 @pytest.mark.parametrize("missing", ["metrics.jsonl", "loads.npz", "config.toml"])
 def test_what_is_missing_leaves_a_sentence_and_no_error(tmp_path, browser, missing):
     folder = make_run(tmp_path / "r", steps=2)

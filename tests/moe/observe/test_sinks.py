@@ -247,6 +247,14 @@ def test_p45_step_is_a_metric_of_its_own_and_never_an_argument(tmp_path, monkeyp
     assert fake.kwargs["resume"] == "allow"
 
 
+def test_runs_of_a_comparison_share_a_group_and_have_their_method_as_job_type(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    settings = {"observe__wandb_group": "seeds", "balance__method": "quantile", "balance__rate": 1.0}
+    Sinks(tmp_path, tiny_config(observe__wandb="offline", **settings), ABOUT, None)
+    assert (fake.kwargs["group"], fake.kwargs["job_type"]) == ("seeds", "quantile")
+
+
 @pytest.mark.parametrize(
     ("setting", "key", "modes"),
     [
