@@ -68,6 +68,7 @@ def frame(live: Live, width: int, height: int | None) -> RenderableType:
     parts: list[RenderableType] = [_head(live, width)]
     if live.row:
         parts += [_losses(live, width), _balance(live)]
+    if live.maxvio():
         parts += [_layers(live, width, None if height is None else max(1, height - BELOW))]
     parts.append(_events(live, 3 if height is not None else 5))
     return Group(*parts)

@@ -245,7 +245,7 @@ class ObserveSection(Section):
     """W&B: auto is online when WANDB_API_KEY is set and offline otherwise."""
     wandb_project: str = "alf-moe"
     """W&B project."""
-    wandb_group: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    wandb_group: str | None = None
     """W&B group of runs that belong together, such as the seeds and methods of a comparison; the job type is
     balance.method."""
     regret_every: NonNegative = 100

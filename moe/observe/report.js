@@ -182,6 +182,7 @@ function stripsOf(kind, text, title) {
   return D.runs.map((run) => {
     const place = run.layers.indexOf(state.layer);
     const name = many ? `${run.name}: ` : "";
+    if (run.dense) return el("p", { class: "empty" }, `${name}no layer of this model has experts`);
     if (!run.strips) return el("p", { class: "empty" }, `${name}no loads to draw yet: loads.npz is written with each checkpoint`);
     if (place < 0) return el("p", { class: "empty" }, `${name}has no layer ${state.layer}`);
     if (!run.strips[kind]) return el("p", { class: "empty" }, `${name}loads.npz holds no ${kind}: an older version wrote it`);
@@ -192,7 +193,7 @@ function stripsOf(kind, text, title) {
 function drawLayer() {
   const layer = state.layer;
   byId("strip-panel").replaceChildren(...stripsOf("load", () => loadText, () => `layer ${layer}, load of each expert`),
-    loadScale());
+    ...(D.runs.some((run) => run.strips) ? [loadScale()] : []));
   const band = bandLines();
   byId("bias-panel").replaceChildren(
     ...(band.length ? [chart({ title: `Bias of layer ${layer}, over its experts`, unit: "score", lines: band })] : []),

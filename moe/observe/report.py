@@ -157,6 +157,7 @@ def _run(run: RunData) -> dict[str, Any]:
         "covered": run.last("regret/bound_covers"),
         "series": _series(run),
         "layers": [int(layer) for layer in layers],
+        "dense": run.loads is not None and not layers,
         "strips": strips(run.loads) if run.loads is not None and len(run.loads.steps) else None,
         "config": {key: _text(value) for key, value in run.config.items()},
         "about": {key: _text(value) for key, value in run.about.items()},

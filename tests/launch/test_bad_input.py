@@ -97,7 +97,8 @@ CONFIGURATION = [
     ("--data.mix.wiki 0", "data.mix.wiki = 0", "> 0"),
     ("--run.name a/b", "run.name = 'a/b'", "folder name"),
     ("--observe.wandb of", "observe.wandb = 'of'", "did you mean off?"),
-    ("--observe.wandb_group=", "observe.wandb_group = ''", "1"),
+    ("--observe.wandb_group=", "observe.wandb_group = ''", "1 to 128"),
+    (f"--observe.wandb_group {'g' * 129}", "129 characters", "1 to 128"),
     ("--train.steps", "--train.steps has no value"),
     ("--resume --clean", "--resume", "--clean"),
 ]

@@ -209,6 +209,19 @@ def test_a_comparison_begins_with_whether_it_is_one(tmp_path, browser):
 
 
 @IN_A_BROWSER
+def test_a_model_without_experts_has_a_report_too(tmp_path, browser):
+    folder = make_run(tmp_path / "r")
+    np.savez(folder / "loads.npz", steps=[], counts=np.zeros((0, 0, 8), int), layers=np.zeros(0, int))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = [{key: value for key, value in row.items() if not key.startswith(("moe/", "regret/"))} for row in rows]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    assert report(folder, "-o", tmp_path / "out.html").stderr == ""
+    shown(browser, tmp_path / "out.html")
+    assert text(browser, "#strip-panel") == text(browser, "#bias-panel") == "no layer of this model has experts"
+    assert browser.run("document.querySelectorAll('path.curve').length") > 5
+
+
+@IN_A_BROWSER
 def test_a_rule_without_a_bound_is_marked(tmp_path, browser):
     folder = make_run(tmp_path / "r")
     lines = (folder / "metrics.jsonl").read_text().replace('"regret/bound_covers": 1.0', '"regret/bound_covers": 0.0')
