@@ -15,6 +15,9 @@ COMMANDS = {
     "ckpt": ("launch.ckpt", "list, verify and compare checkpoints"),
     "doctor": ("launch.doctor", "check this machine: versions, devices, collectives, disk, data"),
     "slurm": ("launch.slurm", "write the sbatch script of a run on several machines"),
+    "report": ("launch.report", "one HTML file from run folders, to read or to compare"),
+    "watch": ("launch.watch", "follow a run in the terminal"),
+    "dashboard": ("launch.dashboard", "show the W&B dashboard, or push it as a new saved view"),
     "theory": ("launch.theory", "run balancing rules on score streams beside the theory's bounds"),
 }
 

@@ -332,7 +332,7 @@ def status_command(argv: list[str]) -> int:
 def report_command(argv: list[str]) -> int:
     """alf-moe compare report: table.md, results.json, pareto.png in the folder; the table on the terminal. Exit code 2 when
     the runs may not be compared."""
-    from moe.observe import compare
+    from moe.observe import paired
 
     reference = {"help": "method that the others are compared with; default: the first"}
     margin = {"type": float, "default": 0.01, "help": "nats that matter: equivalence, seeds needed"}
@@ -349,23 +349,26 @@ def report_command(argv: list[str]) -> int:
     results, missing = [], []
     for unit in plan.units(out):
         try:
-            results.append(compare.read_run(unit.folder, unit.arm.name, unit.seed))
+            results.append(paired.read_result(unit.folder, unit.arm.name, unit.seed))
         except ValueError as error:
             missing.append(str(error) if state(unit) == "done" else f"{unit.arm.name}, seed {unit.seed}: {state(unit)}")
     if not results:
         raise ConfigError(f"{out} has no finished run yet: alf-moe compare run -o {out}")
-    refused = compare.differences_that_forbid(results)
-    table = compare.rows(results, reference_name, options.margin)
-    text = compare.markdown(table, reference_name, options.margin, refused)
+    refused = paired.differences_that_forbid(results)
+    table = paired.rows(results, reference_name, options.margin)
+    text = paired.markdown(table, reference_name, options.margin, refused)
     text += "".join(f"\n\nMissing: {sentence}" for sentence in missing)
     (out / "table.md").write_text(text + "\n")
     record = {"reference": reference_name, "margin": options.margin, "not_comparable": refused, "missing": missing}
-    record |= {"rows": [_plain(row) for row in table], "runs": [result._asdict() for result in results]}
+    record |= {
+        "rows": [_plain(row) for row in table],
+        "runs": [{k: v for k, v in result._asdict().items() if k != "run"} for result in results],
+    }
     (out / "results.json").write_text(json.dumps(record, indent=1))
     red, plain = ("\033[1;31m", "\033[0m") if sys.stdout.isatty() and "NO_COLOR" not in os.environ else ("", "")
     print(re.sub(r"\*\*(NOT COMPARABLE.*?)\*\*", rf"{red}\1{plain}", text))
     if not refused:
-        compare.plot(table, reference_name, out / "pareto.png")
+        paired.plot(table, reference_name, out / "pareto.png")
     return 2 if refused else 0
 
 

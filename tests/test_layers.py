@@ -27,8 +27,8 @@ LAYERS = {
 }
 VENDORS = {  # package: the files or folders that may import it
     "triton": ("kernels/",),
-    "wandb": ("moe/observe/sinks.py",),
-    "plotly": ("moe/observe/",),
+    "wandb": ("moe/observe/sinks.py", "moe/observe/dashboard.py"),
+    "wandb_workspaces": ("moe/observe/dashboard.py",),
     "deepspeed": ("moe/train/engines/deepspeed_zero.py",),
     "megatron": ("moe/train/engines/megatron_core.py", "moe/interop/megatron.py"),
     "transformers": ("moe/interop/transformers.py",),
@@ -94,7 +94,7 @@ def test_vendors_stay_behind_their_files(path: Path):
     for name in imports(path):
         allowed = VENDORS.get(name.split(".")[0])
         assert allowed is None or where.startswith(allowed), f"{where} imports {name}: only {', '.join(allowed)} may"
-    optional = {"deepspeed", "megatron", "transformers", "plotly", "wandb"}
+    optional = {"deepspeed", "megatron", "transformers", "wandb", "wandb_workspaces"}
     packages = {name.split(".")[0] for name in imports(path, top_only=True)}
     if where not in VENDORS["deepspeed"] + VENDORS["megatron"] + VENDORS["transformers"]:
         assert not packages & optional, f"{where} imports {packages & optional} at the top: import it when used"
@@ -149,7 +149,19 @@ def test_kernels_is_no_hub_package():
     assert "__version__" not in names
 
 
-@pytest.mark.parametrize("module", ["moe.config", "moe.observe.cost", "launch.cli", "launch.train", "launch.prepare"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "moe.config",
+        "moe.observe.cost",
+        "launch.cli",
+        "launch.train",
+        "launch.prepare",
+        "launch.report",
+        "launch.watch",
+        "moe.observe.report",
+    ],
+)
 def test_no_torch(module: str):
     code = f"import sys, {module}; print([m for m in ('torch', 'triton', 'wandb') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -146,6 +146,11 @@ def _check_steps(config: Config) -> None:
         o.warmup_steps <= steps,
         f"optim.warmup_steps = {o.warmup_steps} is more than train.steps = {steps}: lower it or raise train.steps",
     )
+    group = config.observe.wandb_group
+    _require(
+        group is None or 1 <= len(group) <= 128,
+        f"observe.wandb_group = {group!r} has {len(group or '')} characters, and W&B takes 1 to 128: shorten it, or leave it out",
+    )
     name = config.run.name
     _require(
         name is None or (name not in ("", ".", "..") and "/" not in name and not name.startswith("-")),

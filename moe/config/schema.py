@@ -262,6 +262,9 @@ class ObserveSection(Section):
     """W&B: auto is online when WANDB_API_KEY is set and offline otherwise."""
     wandb_project: str = "alf-moe"
     """W&B project."""
+    wandb_group: str | None = None
+    """W&B group of runs that belong together, such as the seeds and methods of a comparison; the job type is
+    balance.method."""
     regret_every: NonNegative = 100
     """Steps between measurements of the regret; 0: never. Always 0 for group-limited routing and assignment baselines, for
     which the theory does not hold."""

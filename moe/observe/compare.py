@@ -1,243 +1,52 @@
-"""Paired comparison of finished runs: may they be compared, and what do the differences say?
-
-An arm is a method with its settings; runs of different arms with the same seed have the same initial weights and the same
-data in the same order, so that their difference is the method's and not the seed's.
-"""
+"""Whether runs may be compared at all, and in what their settings differ."""
 
 from __future__ import annotations
 
-import json
-import math
-import statistics
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import numpy as np
+from moe.observe.runs import RunData
 
-from moe.observe.load import History, late_idle, late_maxvio
-from moe.observe.sinks import read_metrics
-
-EARLY, LATE = 0.05, 0.2  # shares of the steps
-SAME = {  # of run.json; equal within a seed, or nothing is paired
-    "data_hash": "the data",
-    "init_hash": "the initial weights",
-    "tokens": "the training tokens",
-    "flops_per_token": "the active FLOPs per token",
-    "order_hash": "the order of the data",
-}
+# The order of the samples follows from the data and these settings.
+ORDER = ("run.seed", "data.seq_len", "train.batch_size")
 
 
-class Result(NamedTuple):
-    """One finished run. windows: of the logged batches, "early" and "late" of EARLY and LATE; means over the rows.
-
-    facts: the values that SAME names. maxvio_summed: MaxVio of the late counts, worst layer. tokens_per_s: median.
-    """
-
-    arm: str
-    seed: int
-    ce: float
-    windows: dict[str, dict[str, float]]
-    maxvio_summed: float
-    idle_late: int
-    tokens_per_s: float
-    facts: dict[str, Any]
-
-
-def read_run(folder: Path, arm: str, seed: int) -> Result:
-    """Raises ValueError with one sentence for a run that is not finished or not readable."""
-    try:
-        about = json.loads((folder / "run.json").read_text())
-        code = json.loads((folder / "exit.json").read_text())["code"]
-        rows = read_metrics(folder / "metrics.jsonl")
-        with np.load(folder / "loads.npz") as file:
-            history = History(file["steps"], file["counts"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} is no finished run ({error}): alf-moe compare run finishes it") from None
-    validation = [row["val/ce"] for row in rows if row.get("val/ce") is not None]
-    training = [row for row in rows if row.get("loss/ce") is not None]
-    if code or not validation or not training:
-        raise ValueError(f"{folder} ended with exit code {code} and {len(validation)} evaluations: it does not count")
-    last = training[-1]["train/step"]
-    windows = {
-        "early": _window(
-            [row for row in training if row["train/step"] <= max(EARLY * last, training[0]["train/step"])]
-        ),
-        "late": _window([row for row in training if row["train/step"] > (1 - LATE) * last]),
-    }
-    return Result(
-        arm,
-        seed,
-        validation[-1],
-        windows,
-        max(late_maxvio(history, LATE), default=math.nan),
-        late_idle(history, LATE),
-        statistics.median(row["speed/tokens_per_s"] for row in training),
-        {"tokens": training[-1]["train/tokens"], "order_hash": _order_hash(folder)}
-        | {key: about.get(key) for key in ("data_hash", "init_hash", "flops_per_token")},
-    )
-
-
-_WINDOW = {
-    "excess": "moe/excess_maxvio_batch/mean",
-    "excess_worst": "moe/excess_maxvio_batch/max",
-    "maxvio": "moe/maxvio_batch/mean",
-    "idle": "moe/idle_batch/max",
-    "bias_range": "moe/bias_range/max",
-}
-
-
-def _window(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    found = {}
-    for name, key in _WINDOW.items():
-        values = [row[key] for row in rows if row.get(key) is not None]
-        found[name] = statistics.fmean(values) if values else math.nan
-    return found
-
-
-def _order_hash(folder: Path) -> str | None:
-    """Of every sample that the run has read, from its last checkpoint."""
-    try:
-        newest = (folder / "checkpoints" / "LATEST").read_text().strip()
-        return json.loads((folder / "checkpoints" / newest / "trainer.json").read_text())["progress"]["order_hash"]
-    except (OSError, ValueError, KeyError, TypeError):
+def _order(run: RunData) -> Any:
+    if "data_hash" not in run.about:
         return None
+    mix = sorted((key, value) for key, value in run.config.items() if key.startswith("data.mix."))
+    settings = [f"{key} {run.config.get(key)}" for key in ORDER] + [f"{key} {value}" for key, value in mix]
+    return ", ".join([f"data {run.about['data_hash']}", *settings])
 
 
-def differences_that_forbid(results: Sequence[Result]) -> list[str]:
-    """Sentences, empty when the runs may be compared."""
+CHECKS: list[tuple[str, Callable[[RunData], Any]]] = [
+    ("the data or their order", _order),
+    ("the initial weights", lambda run: run.about.get("init_hash")),
+    ("the tokens trained on", lambda run: run.last("train/tokens")),
+    ("the active FLOPs of a token", lambda run: run.about.get("flops_per_token")),
+]
+
+
+def not_comparable(runs: Sequence[RunData]) -> list[str]:
+    """One sentence for each thing that differs or that a run does not say; empty: they may be compared."""
     found = []
-    for seed in sorted({r.seed for r in results}):
-        mine = [r for r in results if r.seed == seed]
-        for key, what in SAME.items():
-            if len({r.facts[key] for r in mine}) > 1:
-                parts = ", ".join(f"{r.arm} {r.facts[key]}" for r in mine)
-                found.append(f"NOT COMPARABLE: {what} differ at seed {seed} ({parts})")
+    for what, value in CHECKS:
+        values = {run.name: value(run) for run in runs}
+        silent = [name for name, v in values.items() if v is None]
+        if silent:
+            found.append(f"NOT COMPARABLE: {what}: {', '.join(silent)} does not say")
+        elif len({str(v) for v in values.values()}) > 1:
+            said = "; ".join(f"{name} {_short(v)}" for name, v in values.items())
+            found.append(f"NOT COMPARABLE: {what} differ: {said}")
     return found
 
 
-class Paired(NamedTuple):
-    """Differences arm - reference over the seeds that both have. low, high: 95 % t interval of the mean; NaN below two
-    seeds. equivalent: True when the 90 % interval lies within +-margin (two one-sided tests at 5 %), False when the 95 %
-    interval excludes [-margin, margin], else None. seeds_needed: to see a difference of margin with 80 % power."""
-
-    seeds: int
-    mean: float
-    sd: float
-    low: float
-    high: float
-    equivalent: bool | None
-    seeds_needed: int | None
+def _short(value: Any) -> str:
+    return f"{value:,.0f}" if isinstance(value, (int, float)) else str(value)
 
 
-def paired(differences: Sequence[float], margin: float) -> Paired:
-    """Raises ModuleNotFoundError without scipy (extra `plots`)."""
-    from scipy.stats import t
-
-    n, mean = len(differences), statistics.fmean(differences)
-    if n < 2:
-        return Paired(n, mean, math.nan, math.nan, math.nan, None, None)
-    sd = statistics.stdev(differences)
-    error = sd / n**0.5
-    wide, narrow = (float(t.ppf(p, n - 1)) * error for p in (0.975, 0.95))
-    equivalent = None
-    if abs(mean) + narrow <= margin:
-        equivalent = True
-    elif abs(mean) - wide > margin:
-        equivalent = False
-    return Paired(n, mean, sd, mean - wide, mean + wide, equivalent, math.ceil((2.8 * sd / margin) ** 2) + 2)
-
-
-class Row(NamedTuple):
-    """An arm in the table: means over its seeds, the worst seed, and its difference from the reference."""
-
-    arm: str
-    seeds: int
-    ce: float
-    excess_early: float
-    excess_late: float
-    excess_late_worst: float
-    maxvio_summed_worst: float
-    idle_late: int
-    tokens_per_s: float
-    delta: Paired | None
-
-
-def rows(results: Sequence[Result], reference: str, margin: float) -> list[Row]:
-    """One row an arm, in the order of first appearance."""
-    base = {r.seed: r.ce for r in results if r.arm == reference}
-    found = []
-    for arm in dict.fromkeys(r.arm for r in results):
-        mine = [r for r in results if r.arm == arm]
-        differences = [r.ce - base[r.seed] for r in mine if r.seed in base]
-        found.append(
-            Row(
-                arm,
-                len(mine),
-                statistics.fmean(r.ce for r in mine),
-                statistics.fmean(r.windows["early"]["excess"] for r in mine),
-                statistics.fmean(r.windows["late"]["excess"] for r in mine),
-                max(r.windows["late"]["excess_worst"] for r in mine),
-                max(r.maxvio_summed for r in mine),
-                max(r.idle_late for r in mine),
-                statistics.median(r.tokens_per_s for r in mine),
-                paired(differences, margin) if differences and arm != reference else None,
-            )
-        )
-    return found
-
-
-def markdown(table: Sequence[Row], reference: str, margin: float, refused: Sequence[str]) -> str:
-    """The table; without differences when the runs may not be compared."""
-    lines = [*(f"**{sentence}**\n" for sentence in refused)]
-    lines.append(
-        f"Cross-entropy of the held-out tokens, nats. Δ: to {reference}, paired by seed, mean and 95 % interval. "
-        f"Excess MaxVio: of a batch above the sampling floor, early = first {EARLY:.0%} of the steps, late = last {LATE:.0%}.\n"
-    )
-    lines.append(
-        "| method | seeds | cross-entropy | Δ | within ±"
-        + f"{margin:g} | excess MaxVio early | late | late, worst layer and "
-        "seed | MaxVio of late sums, worst | idle late | tokens/s |"
-    )
-    lines.append("|" + "---|" * 11)
-    for row in table:
-        d = row.delta if not refused else None
-        delta = (
-            "–" if d is None else f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]" if d.seeds > 1 else f"{d.mean:+.4f}"
-        )
-        verdict = "–"
-        if d is not None:
-            unresolved = f"open ({d.seeds_needed} seeds)" if d.seeds_needed else "open"
-            verdict = {True: "yes", False: "no", None: unresolved}[d.equivalent]
-        lines.append(
-            f"| {row.arm} | {row.seeds} | {row.ce:.4f} | {delta} | {verdict} | {row.excess_early:.3f} | {row.excess_late:.3f} "
-            f"| {row.excess_late_worst:.3f} | {row.maxvio_summed_worst:.3f} | {row.idle_late} | {row.tokens_per_s:,.0f} |"
-        )
-    return "\n".join(lines)
-
-
-def plot(table: Sequence[Row], reference: str, path: Path) -> None:
-    """Pareto plot: late excess MaxVio (log) against Δ cross-entropy with its interval. Raises ModuleNotFoundError without
-    matplotlib (extra `plots`)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, ax = plt.subplots(figsize=(8, 5.5), layout="constrained")
-    floor = 1e-3  # what lies at the sampling floor has no logarithm
-    for index, row in enumerate(table):
-        x, d = max(row.excess_late, floor), row.delta
-        y, error = (0.0, None) if d is None else (d.mean, [[d.mean - d.low], [d.high - d.mean]])
-        if error is not None and not math.isfinite(error[0][0]):
-            error = None
-        ax.errorbar(x, y, yerr=error, fmt="o", color=f"C{index % 10}", capsize=3, label=row.arm)
-        ax.annotate(row.arm, (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8)
-    ax.axhline(0, color="grey", linewidth=0.8)
-    ax.set(
-        xscale="log",
-        xlabel="late excess MaxVio of a batch (mean layer); further left is better balanced",
-        ylabel=f"Δ cross-entropy to {reference}, nats (95 % interval)",
-    )
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def settings_that_differ(runs: Sequence[RunData]) -> dict[str, list[Any]]:
+    """Dotted setting -> its value in each run, None where a run has none."""
+    keys = sorted({key for run in runs for key in run.config})
+    table = {key: [run.config.get(key) for run in runs] for key in keys}
+    return {key: values for key, values in table.items() if any(v != values[0] for v in values)}

@@ -75,6 +75,13 @@ def routed_share(config: Config) -> float:
     return routed / flops_per_token(config)
 
 
+def imbalance_share(config: Config, straggler: float) -> float:
+    """Estimated share of a step that is lost to the busiest expert-parallel rank. straggler: its load over the mean, mean
+    over MoE layers. The time of the routed experts is taken as their share of the FLOPs."""
+    waiting = routed_share(config) * (straggler - 1)
+    return waiting / (1 + waiting)
+
+
 def mfu(tokens_per_s: float, flops: float, peak_tflops: float) -> float:
     """Model FLOPs utilisation on active parameters: a share of the peak of all devices together."""
     return tokens_per_s * flops / (peak_tflops * 1e12)

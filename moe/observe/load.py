@@ -72,10 +72,18 @@ def _on_grid(tokens: int) -> int:
 
 
 class History(NamedTuple):
-    """Loads between logged steps: step [N] int64 (the last step of each row), counts [N, L, E] int64."""
+    """What was between logged steps: steps [N] int64 (the last step of each row), counts [N, L, E] int64, and bias
+    [N, L, E] float32, that of the last step; NaN where an older version wrote none."""
 
     steps: np.ndarray
     counts: np.ndarray
+    bias: np.ndarray
+
+
+class _Row(NamedTuple):
+    step: int
+    counts_LE: np.ndarray
+    bias_LE: np.ndarray
 
 
 def late_counts(history: History, share: float) -> np.ndarray:
@@ -105,7 +113,7 @@ class LoadTracker:
     """
 
     DEAD_LOAD, DEAD_STEPS = 0.01, 100
-    MAX_ROWS = 2048  # 27 layers x 64 experts: 28 MB
+    MAX_ROWS = 2048  # 27 layers x 64 experts: 42 MB
     SIMULATED_RANKS = (2, 4, 8, 16, 64)
 
     def __init__(
@@ -119,7 +127,7 @@ class LoadTracker:
         self.flips_LE = torch.zeros(shape, dtype=torch.bool, device=device)
         self.last_sign_LE = torch.zeros(shape, dtype=torch.int8, device=device)
         self.step = self.dropped_pairs = self.repeated_steps = 0
-        self._rows: list[tuple[int, np.ndarray]] = []
+        self._rows: list[_Row] = []
 
     def update(self, counts_LE: Tensor, tokens_L: Tensor, bias_before_LE: Tensor, bias_after_LE: Tensor) -> None:
         """Take the counts of one applied step in."""
@@ -146,12 +154,12 @@ class LoadTracker:
         """Metrics of the last batch and of everything seen; closes the interval that ends with `step`."""
         if not self.layers:
             return {}
-        self._rows.append((step, self.interval_LE.cpu().numpy().copy()))
+        last, seen, bias = self.last_LE.cpu(), self.seen_LE.cpu(), bias_LE.cpu().double()
+        self._rows.append(_Row(step, self.interval_LE.cpu().numpy().copy(), bias.float().numpy()))
         if len(self._rows) > self.MAX_ROWS:  # neighbours are merged: every count stays, half of the times go
             odd, pairs = self._rows[len(self._rows) // 2 * 2 :], zip(self._rows[::2], self._rows[1::2], strict=False)
-            self._rows = [(later[0], earlier[1] + later[1]) for earlier, later in pairs] + odd
+            self._rows = [b._replace(counts_LE=a.counts_LE + b.counts_LE) for a, b in pairs] + odd
         self.interval_LE.zero_()
-        last, seen, bias = self.last_LE.cpu(), self.seen_LE.cpu(), bias_LE.cpu().double()
         out = self._summaries(last, "batch") | self._layers("maxvio_batch", maxvio(last))
         out |= self._one("maxvio_seen", maxvio(seen)) | self._one("idle_seen", idle(seen))
         out |= self._one("bias_range", bias.amax(-1) - bias.amin(-1)) | self._one("bias_drift", bias.mean(-1).abs())
@@ -209,24 +217,35 @@ class LoadTracker:
 
     def history(self) -> History:
         """All logged rows."""
-        counts = [row for _, row in self._rows] or [np.zeros((0, *self.seen_LE.shape), dtype=np.int64)]
-        steps = np.array([step for step, _ in self._rows], dtype=np.int64)
-        return History(steps, np.stack(counts) if self._rows else counts[0])
+        shape = (len(self._rows), *self.seen_LE.shape)
+        steps = np.array([row.step for row in self._rows], dtype=np.int64)
+        counts = np.array([row.counts_LE for row in self._rows], dtype=np.int64).reshape(shape)
+        return History(steps, counts, np.array([row.bias_LE for row in self._rows], dtype=np.float32).reshape(shape))
 
     def last_load(self) -> np.ndarray | None:
         """A_k / L [L, E] of the last closed interval, for the heat map; None before there is one."""
-        return relative_load(torch.from_numpy(self._rows[-1][1])).numpy() if self._rows else None
+        return relative_load(torch.from_numpy(self._rows[-1].counts_LE)).numpy() if self._rows else None
 
     def write_npz(self, path: Path) -> None:
-        """loads.npz of the run folder: steps, counts, layers; replaced in one rename."""
-        history = self.history()
-        temporary = path.with_name("loads.tmp.npz")
-        np.savez_compressed(temporary, steps=history.steps, counts=history.counts, layers=np.array(self.layers))
+        """loads.npz of the run folder: steps, counts, bias, layers; replaced in one rename."""
+        history, temporary = self.history(), path.with_name("loads.tmp.npz")
+        np.savez_compressed(temporary, **history._asdict(), layers=np.array(self.layers))
         temporary.replace(path)
 
     def read_npz(self, path: Path, last_step: int) -> None:
         """Rows up to `last_step` of an earlier part of the run; none if the file is not there."""
         if path.exists():
             with np.load(path) as file:
-                rows = zip(file["steps"].tolist(), file["counts"], strict=True)
-                self._rows = [(step, counts) for step, counts in rows if step <= last_step]
+                counts = file["counts"]
+                bias: np.ndarray = file["bias"] if "bias" in file else np.full(counts.shape, np.nan, np.float32)
+                rows = [_Row(*row) for row in zip(file["steps"].tolist(), counts, bias, strict=True)]
+                self._rows = [row for row in rows if row.step <= last_step]
+
+    def write_latest(self, path: Path) -> None:
+        """loads-latest.npz for `alf-moe watch`: the last closed interval alone, so that it can be written at every logged
+        step."""
+        if self._rows:
+            step, counts, bias = self._rows[-1]
+            temporary = path.with_name("loads-latest.tmp.npz")
+            np.savez(temporary, steps=[step], counts=counts[None], bias=bias[None], layers=np.array(self.layers))
+            temporary.replace(path)

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from moe.config import Config
 from moe.observe.console import startup_block, step_line, summary_table
+from moe.observe.dashboard import IMAGE, is_shown
 
 if TYPE_CHECKING:
     import numpy as np
-    from PIL.Image import Image
 
 
 IMAGES = 200
-CELL = 6  # pixels
 
 
 class Sinks:
@@ -54,7 +53,8 @@ class Sinks:
         self._metrics.write(json.dumps(finite) + "\n")
         if self._wandb is not None:
             try:
-                self._wandb.log(metrics)  # never step=: rows below the last one would be dropped after a resume
+                shown = {key: value for key, value in metrics.items() if is_shown(key)}
+                self._wandb.log(shown)  # never step=: rows below the last one would be dropped after a resume
             except Exception as error:
                 self.warn("wandb.log", f"W&B stopped taking metrics ({error}); metrics.jsonl has everything")
                 self._wandb = None
@@ -67,7 +67,9 @@ class Sinks:
         try:
             import wandb
 
-            self._wandb.log({**where, "moe/load_heatmap": wandb.Image(heat_map(load_LE))})
+            from moe.observe.heat import heat_map
+
+            self._wandb.log({**where, IMAGE: wandb.Image(heat_map(load_LE))})
         except Exception as error:
             self.warn("wandb.image", f"W&B took no heat map ({error}); loads.npz has the loads")
 
@@ -112,6 +114,8 @@ class Sinks:
                 self._wandb = wandb.init(
                     project=self.config.observe.wandb_project,
                     name=self.config.run.name,
+                    group=self.config.observe.wandb_group,
+                    job_type=self.config.balance.method,
                     id=self.wandb_id,
                     resume="allow",
                     mode=mode,
@@ -145,24 +149,11 @@ def _append(path: Path) -> TextIO:
     return path.open("a", buffering=1)
 
 
-def heat_map(load_LE: np.ndarray) -> Image:
-    """One row a layer, one column an expert: blue below the target load, white at it, orange at twice it; idle black."""
-    import numpy as np
-    from PIL import Image as Pillow
-
-    below = np.clip(1 - load_LE, 0, 1)[..., None]
-    above = np.clip(load_LE - 1, 0, 1)[..., None]
-    white, blue, orange = (np.array(c, float) for c in ((255, 255, 255), (33, 102, 172), (230, 97, 1)))
-    colour_LEC = white + below * (blue - white) + above * (orange - white)
-    colour_LEC[load_LE == 0] = 0
-    return Pillow.fromarray(colour_LEC.round().astype(np.uint8).repeat(CELL, 0).repeat(CELL, 1))
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl by step. A half-written last line is passed over, and where a resumed run wrote a step again
     the later row of the same kind (training or validation) counts."""
     rows: dict[tuple[int, bool], dict[str, Any]] = {}
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             row = json.loads(line)
             rows[int(row["train/step"]), "val/ce" in row] = row

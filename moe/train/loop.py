@@ -192,8 +192,8 @@ class Run:
         steps, seconds, balance_seconds, regret_seconds = self.clock.take()
         tokens_per_s = steps * self.config.tokens_per_step / seconds
         flops = cost.flops_per_token(self.config)
-        waiting = 1 - 1 / metrics.get("moe/straggler_batch/mean", 1.0)
-        self.goodput.imbalanced(seconds * cost.routed_share(self.config) * waiting)
+        imbalance = cost.imbalance_share(self.config, metrics.get("moe/straggler_batch/mean", 1.0))
+        self.goodput.imbalanced(seconds * imbalance)
         memory = max(self.ranks.gather_objects(peak_memory_gib(self.ranks.device)))
         p = self.progress
         metrics |= {
@@ -211,6 +211,7 @@ class Run:
             "speed/step_s": seconds / steps,
             "speed/balance_share": balance_seconds / seconds,
             "speed/regret_share": regret_seconds / seconds,
+            "speed/imbalance_share": imbalance,
             "speed/tflops": tokens_per_s * flops / 1e12,
             "speed/mfu": cost.mfu(tokens_per_s, flops, self.peak_tflops),
             "memory/peak_gib": memory,
@@ -218,6 +219,8 @@ class Run:
         }
         self.sinks.write(metrics)
         self.sinks.image({"train/step": p.step, "train/tokens": p.tokens}, self.tracker.last_load())
+        if self.ranks.is_main:
+            self.tracker.write_latest(self.run_dir / "loads-latest.npz")
 
     def evaluate(self) -> None:
         """Held-out loss and load, the bias frozen."""

@@ -123,6 +123,8 @@ CONFIGURATION = [
     ("--train.timeout_s 0", "train.timeout_s = 0", "> 0"),
     ("--run.name a/b", "run.name = 'a/b'", "folder name"),
     ("--observe.wandb of", "observe.wandb = 'of'", "did you mean off?"),
+    ("--observe.wandb_group=", "observe.wandb_group = ''", "1 to 128"),
+    (f"--observe.wandb_group {'g' * 129}", "129 characters", "1 to 128"),
     ("--train.steps", "--train.steps has no value"),
     ("--resume --clean", "--resume", "--clean"),
 ]
@@ -250,3 +252,25 @@ def test_theory_refuses_in_one_sentence(words, says, tmp_path):
 )
 def test_ckpt_refuses_in_one_sentence(words, says):
     refused(alf_moe("ckpt", *words.split()), 2, *says)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("report absent", ("absent does not exist", "runs/tiny")),
+        ("report Makefile", ("Makefile is a file", "run folder")),
+        ("report docs", ("docs holds no run", "alf-moe train")),
+        ("report {run} {run}", ("is named twice",)),
+        ("report {run} -o docs", ("--out docs is a folder", "docs/report.html")),
+        ("report {run} -o nowhere/report.html", ("there is no folder nowhere",)),
+        ("watch absent", ("absent does not exist", "runs/tiny")),
+        ("watch Makefile --once", ("Makefile is a file", "run folder")),
+        ("watch {run} --interval 0", ("--interval 0", "0.1 to 3600")),
+        ("watch {run} --interval nan", ("--interval nan", "0.1 to 3600")),
+    ],
+)
+def test_readers_of_a_run_refuse_in_one_sentence(words, says, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    refused(alf_moe(*words.format(run=tmp_path / "run").split()), 2, *says)
+    assert not (tmp_path / "run" / "report.html").exists()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch import compare
-from tests.moe.observe.test_compare import write_run
+from tests.moe.observe.test_paired import write_run
 
 TINY = str(Path(__file__).parents[2] / "configs" / "tiny.toml")
 BASE = ["--config", TINY, "--methods", "none,sign"]
@@ -106,7 +106,7 @@ def test_report_and_its_refusal(tmp_path, capsys):
     assert len(results["runs"]) == 3 and (out / "pareto.png").is_file()
     write_run(plan_of(tmp_path).units(out)[3].folder, init_hash="other")
     assert compare.main(["report", str(out)]) == 2
-    assert "NOT COMPARABLE: the initial weights differ at seed 1" in capsys.readouterr().out
+    assert "NOT COMPARABLE: the initial weights differ" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,105 +1,41 @@
-"""Paired comparison: windows, intervals and equivalence by hand, refusals."""
+"""Comparisons that are none are refused, each for its own reason."""
 
-from __future__ import annotations
-
-import json
-import math
-
-import numpy as np
 import pytest
 
-from moe.observe.compare import differences_that_forbid, markdown, paired, plot, read_run, rows
-
-STEPS = 100
-
-
-def write_run(folder, ce=5.0, early=1.0, late=0.1, code=0, **facts):
-    """A finished run of 100 steps with two layers of four experts."""
-    folder.mkdir(parents=True)
-    about = {"data_hash": "d", "init_hash": "i", "flops_per_token": 7.0} | facts
-    (folder / "run.json").write_text(json.dumps(about))
-    (folder / "exit.json").write_text(json.dumps({"code": code, "reason": ""}))
-    lines = []
-    for step in range(1, STEPS + 1):
-        excess = early if step <= 5 else late if step > 80 else 50.0
-        row = {"train/step": step, "train/tokens": 10 * step, "loss/ce": ce, "speed/tokens_per_s": 3.0}
-        row |= {"moe/excess_maxvio_batch/mean": excess, "moe/excess_maxvio_batch/max": 2 * excess}
-        lines.append(json.dumps(row))
-    lines.append(json.dumps({"train/step": STEPS, "val/ce": ce}))
-    (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"train/st')
-    counts = np.tile([[4, 4, 4, 4], [2, 4, 4, 6]], (10, 1, 1))
-    counts[:8, 0] = [16, 0, 0, 0]
-    np.savez(folder / "loads.npz", steps=np.arange(10, 101, 10), counts=counts, layers=np.array([1, 2]))
-    checkpoint = folder / "checkpoints" / "step-00000100"
-    checkpoint.mkdir(parents=True)
-    (folder / "checkpoints" / "LATEST").write_text(checkpoint.name)
-    (checkpoint / "trainer.json").write_text(json.dumps({"progress": {"order_hash": facts.get("order", "o")}}))
-    return folder
+from moe.observe.compare import not_comparable, settings_that_differ
+from moe.observe.runs import read_run
+from tests.run_folder import make_run
 
 
-def test_windows_are_the_first_twentieth_and_the_last_fifth(tmp_path):
-    result = read_run(write_run(tmp_path / "a"), "sign", 0)
-    assert result.windows["early"]["excess"] == pytest.approx(1.0)
-    assert result.windows["late"]["excess"] == pytest.approx(0.1)
-    assert result.windows["late"]["excess_worst"] == pytest.approx(0.2)
-    assert (result.ce, result.maxvio_summed, result.idle_late, result.tokens_per_s) == (5.0, 0.5, 0, 3.0)
-    assert math.isnan(result.windows["late"]["bias_range"])  # not logged
+def pair(tmp_path, **changes):
+    return [read_run(make_run(tmp_path / "a", 5)), read_run(make_run(tmp_path / "b", **{"steps": 5, **changes}))]
 
 
-def test_interval_and_equivalence_by_hand():
-    d = paired([0.01, 0.02, 0.03], margin=0.01)
-    # t(0.975, 2) = 4.303, t(0.95, 2) = 2.920, sd = 0.01
-    assert (d.mean, d.sd) == (pytest.approx(0.02), pytest.approx(0.01))
-    assert d.low == pytest.approx(0.02 - 4.3027 * 0.01 / 3**0.5, abs=1e-6)
-    assert d.high == pytest.approx(0.02 + 4.3027 * 0.01 / 3**0.5, abs=1e-6)
-    assert d.equivalent is None
-    assert d.seeds_needed == 8 + 2  # (2.8 sd / margin)^2 = 7.84
-    assert paired([0.01, 0.02, 0.03], margin=0.04).equivalent is True  # 0.02 + 2.920 * 0.00577 = 0.0369
-    assert paired([0.01, 0.02, 0.03], margin=0.036).equivalent is None
-    assert paired([0.49, 0.5, 0.51], margin=0.01).equivalent is False
-    alone = paired([0.3], margin=0.01)
-    assert (alone.mean, alone.equivalent, alone.seeds_needed) == (0.3, None, None)
-    assert math.isnan(alone.low)
-
-
-def test_rows_pair_by_seed_and_take_the_worst(tmp_path):
-    def run(arm, seed, **settings):
-        return read_run(write_run(tmp_path / f"{arm}{seed}", **settings), arm, seed)
-
-    results = [run("none", 0, ce=5.0), run("sign", 0, ce=5.2, late=0.3), run("none", 1, ce=4.0), run("sign", 1, ce=4.1)]
-    results.append(run("sign", 2, ce=9.0))  # nothing to pair with
-    none, sign = rows(results, "none", 0.05)
-    assert none.delta is None and none.ce == 4.5
-    assert sign.delta is not None and sign.delta.mean == pytest.approx(0.15) and sign.delta.seeds == 2
-    assert sign.excess_late_worst == pytest.approx(0.6)
-    text = markdown([none, sign], "none", 0.05, [])
-    assert "| sign | 3 |" in text and "+0.1500 [" in text
-    plot([none, sign], "none", tmp_path / "p.png")
-    assert (tmp_path / "p.png").stat().st_size > 5_000
+def test_runs_that_differ_in_the_balancing_alone_are_comparable(tmp_path):
+    runs = pair(tmp_path)
+    runs[1].config["balance.method"] = "none"
+    assert not_comparable(runs) == []
+    assert settings_that_differ(runs) == {"balance.method": ["sign", "none"], "run.name": ["a", "b"]}
 
 
 @pytest.mark.parametrize(
-    ("facts", "word"),
+    ("changes", "says"),
     [
-        ({"data_hash": "x"}, "the data"),
-        ({"init_hash": "x"}, "the initial weights"),
-        ({"flops_per_token": 8.0}, "the active FLOPs"),
-        ({"order": "x"}, "the order of the data"),
+        ({"data_hash": "d1"}, "the data or their order differ: a data d0"),
+        ({"init_hash": "w1"}, "the initial weights differ: a w0; b w1"),
+        ({"steps": 6}, "the tokens trained on differ: a 640; b 768"),
+        ({"flops_per_token": 2000.0}, "the active FLOPs of a token differ: a 1,000; b 2,000"),
+        ({"init_hash": None}, "the initial weights: b does not say"),
     ],
 )
-def test_runs_of_other_data_weights_or_cost_are_refused(tmp_path, facts, word):
-    same = [read_run(write_run(tmp_path / "a"), "a", 0), read_run(write_run(tmp_path / "b"), "b", 0)]
-    assert differences_that_forbid(same) == []
-    other = read_run(write_run(tmp_path / "c", **facts), "c", 0)
-    (sentence,) = differences_that_forbid([*same, other])
-    assert sentence.startswith("NOT COMPARABLE") and word in sentence
-    text = markdown(rows([*same, other], "a", 0.01), "a", 0.01, [sentence])
-    assert text.startswith("**NOT COMPARABLE") and "+0.0000" not in text
-    assert differences_that_forbid([*same, other._replace(seed=1)]) == []  # other seeds have other weights
+def test_what_differs_is_named(tmp_path, changes, says):
+    (sentence,) = not_comparable(pair(tmp_path, **changes))
+    assert sentence.startswith(f"NOT COMPARABLE: {says}")
 
 
-def test_what_is_not_finished_does_not_count(tmp_path):
-    with pytest.raises(ValueError, match="no finished run"):
-        read_run(tmp_path, "a", 0)
-    with pytest.raises(ValueError, match="exit code 4"):
-        read_run(write_run(tmp_path / "a", code=4), "a", 0)
+@pytest.mark.parametrize("setting", ["run.seed", "data.seq_len", "train.batch_size", "data.mix.wiki"])
+def test_another_order_of_the_same_data_is_not_comparable(tmp_path, setting):
+    runs = pair(tmp_path)
+    runs[1].config[setting] = 99
+    (sentence,) = not_comparable(runs)
+    assert setting in sentence

@@ -112,3 +112,12 @@ def test_memory_divides_only_the_routed_experts():
 def test_cost_imports_no_torch():
     code = "import sys, moe.observe.cost; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_imbalance_costs_the_routed_experts_share_of_the_flops():
+    # D 32, F 16, 2 MoE layers, top-2: 2 * 2 * 3 * 32 * 16 = 6,144 parameters of routed experts, 6 FLOPs each.
+    config = tiny_config()
+    share = 6 * 6144 / cost.flops_per_token(config)
+    assert cost.imbalance_share(config, 1.0) == 0
+    assert cost.imbalance_share(config, 2.0) == pytest.approx(share / (1 + share))  # the experts take twice as long
+    assert cost.imbalance_share(config, 1e9) == pytest.approx(1, abs=1e-6)

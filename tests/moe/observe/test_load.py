@@ -96,6 +96,20 @@ def test_history_is_bounded_and_loses_no_count():
     assert history.counts[:, 0, 0].tolist() == [sum(range(a + 1, b + 1)) for a, b in zip(firsts, ends, strict=True)]
 
 
+def test_history_keeps_the_bias_of_the_last_step_of_a_row():
+    tracker = LoadTracker([0], 2, 1, ep=1)
+    tracker.MAX_ROWS = 8
+    bias = torch.zeros(1, 2)
+    for step in range(1, 101):
+        stepped(tracker, counts([1, 1]))
+        bias.copy_(torch.tensor([[step, -step]]))  # the balancer's own tensor: the history must not follow it
+        tracker.metrics(step, bias)
+    history = tracker.history()
+    assert history.bias.dtype == np.float32
+    assert history.bias[:, 0, 0].tolist() == history.steps.tolist()
+    assert history.bias.shape == history.counts.shape
+
+
 def test_names_of_a_hundred_layers_sort_by_layer():
     tracker = LoadTracker(range(120), 2, 1, ep=1)
     stepped(tracker, torch.ones(120, 2, dtype=torch.int64))
@@ -216,19 +230,36 @@ def test_history_holds_every_count_and_survives_the_file(tmp_path):
     for step in range(1, 7):
         stepped(tracker, torch.full((2, 4), step, dtype=torch.int64))
         if step % 2 == 0:
-            tracker.metrics(step, zeros_LE(2, 4))
+            tracker.metrics(step, torch.full((2, 4), step / 8))
     path = tmp_path / "loads.npz"
     tracker.write_npz(path)
     assert [p.name for p in tmp_path.iterdir()] == ["loads.npz"]
+    tracker.write_latest(tmp_path / "loads-latest.npz")
+    with np.load(tmp_path / "loads-latest.npz") as latest, np.load(path) as file:
+        assert all(np.array_equal(latest[name], file[name][-1:]) for name in ("steps", "counts", "bias"))
+        assert latest["layers"].tolist() == [3, 11]
+    assert not list(tmp_path.glob("*tmp*"))
     with np.load(path) as file:
         assert file["steps"].tolist() == [2, 4, 6]
         assert file["layers"].tolist() == [3, 11]
         assert file["counts"].dtype == np.int64
         assert file["counts"][:, 1, 2].tolist() == [1 + 2, 3 + 4, 5 + 6]
+        assert file["bias"][:, 1, 2].tolist() == [0.25, 0.5, 0.75]
     resumed = LoadTracker([3, 11], 4, 1, ep=1)
     resumed.load_state_dict(tracker.state_dict())
     resumed.read_npz(path, 4)
     assert resumed.history().steps.tolist() == [2, 4]
+    assert resumed.history().bias[:, 0, 0].tolist() == [0.25, 0.5]
+
+
+def test_a_run_of_an_older_version_resumes_with_an_unknown_bias(tmp_path):
+    np.savez(tmp_path / "loads.npz", steps=[2], counts=np.ones((1, 1, 4), np.int64), layers=[0])
+    tracker = LoadTracker([0], 4, 1, ep=1)
+    tracker.read_npz(tmp_path / "loads.npz", 2)
+    stepped(tracker, counts([1, 1, 1, 1]))
+    tracker.metrics(3, zeros_LE(1, 4))
+    assert np.isnan(tracker.history().bias[0]).all()
+    assert tracker.history().bias[1].tolist() == [[0.0] * 4]
 
 
 def test_late_window_is_the_last_fifth_and_sums_before_the_ratio():

@@ -158,7 +158,15 @@ def test_run_folder_and_metrics_are_what_the_documents_say(tmp_path):
     c = config(data, evaluate__every=2)
     assert train(c, ALONE, tmp_path / "run", False).code == 0
     names = {p.name for p in (tmp_path / "run").iterdir()}
-    assert {"config.toml", "run.json", "metrics.jsonl", "events.jsonl", "loads.npz", "checkpoints"} <= names
+    assert {
+        "config.toml",
+        "run.json",
+        "metrics.jsonl",
+        "events.jsonl",
+        "loads.npz",
+        "loads-latest.npz",
+        "checkpoints",
+    } <= names
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     training = [r for r in rows if "loss/ce" in r]
     assert [r["train/step"] for r in training] == [1, 2, 3, 4, 5, 6]
