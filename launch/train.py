@@ -239,6 +239,9 @@ def environment(nproc: int, options: Options, logs: Path) -> dict[str, str]:
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
         **os.environ,
         "PYTHONUNBUFFERED": "1",
+        "ALF_MOE_LAUNCHER": str(
+            os.getpid()
+        ),  # a worker that starts when its torchrun is gone sees that it is an orphan
         # Without it more than half of the restarts over gloo hang or fail (pytorch#135712).
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         **options.environment(logs),

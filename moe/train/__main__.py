@@ -92,10 +92,18 @@ def run(config: Config, run_dir: Path, resume: bool) -> Outcome:
 
 def die_with_parent() -> None:
     """A worker whose torchrun was killed would train on, and write into the folder of the run that replaces it."""
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: from now on
+    launcher = os.environ.get("ALF_MOE_LAUNCHER")  # and before now: alf-moe train starts torchrun, which started us
+    if launcher is not None and parent_of(os.getppid()) != int(launcher):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def parent_of(pid: int) -> int:
+    """Of a process on this machine; 0 when it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def process_start() -> float:

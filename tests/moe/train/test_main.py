@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -99,6 +101,15 @@ def test_a_worker_dies_with_its_torchrun():
     while running(child) and time.monotonic() < until:
         time.sleep(0.01)
     assert not running(child)
+
+
+def test_a_worker_that_starts_after_its_torchrun_died_dies_too():
+    """It may have been importing torch when torchrun was killed: no signal comes any more."""
+    code = CHILD.replace("import time; time.sleep(60)", "")
+    for launcher, expected in ((os.getppid(), 0), (os.getpid(), -signal.SIGKILL)):  # the parent of ours, and not
+        environment = {**os.environ, "ALF_MOE_LAUNCHER": str(launcher)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.returncode == expected and done.stdout == ("" if expected else "up\n")
 
 
 def running(pid):
