@@ -45,6 +45,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import kernels.router_topk
 import moe.balance
 from kernels.router_topk import topk_lowest_index
 from moe.balance import BALANCERS, Balancer, build_balancer
@@ -236,8 +237,8 @@ def batches_of(cell: Cell, seed: int, out: Path) -> Iterator[Tensor]:
 
 
 def source_digest() -> str:
-    """Of moe/balance: results of different rules can be told apart even between commits."""
-    files = sorted(Path(moe.balance.__file__).parent.glob("*.py"))
+    """Of moe/balance and its histograms: results of different rules can be told apart even between commits."""
+    files = [*sorted(Path(moe.balance.__file__).parent.glob("*.py")), Path(kernels.router_topk.__file__)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
