@@ -326,7 +326,7 @@ def test_a_hang_is_told_as_the_watchdog_told_it(tmp_path):
     (tmp_path / "logs" / "hang").mkdir(parents=True)
     (tmp_path / "logs" / "hang" / "report.txt").write_text("no progress for 8 s: rank 1 does not answer\n  stacks x")
     (tmp_path / "metrics.jsonl").write_text('{"train/step": 30}\n')
-    lines = train.crash_report(tmp_path).splitlines()
+    lines = train.crash_report(tmp_path, tmp_path / "logs").splitlines()
     assert lines == ["error: no progress for 8 s: rank 1 does not answer", "  stacks x", "  last step   30"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def _settings(data, n, ep):
 def _load(ranks, data, folder):
     ep = 1 if ranks.ep_mesh is None else ranks.ep_mesh.size()
     run = Run(_settings(data, ranks.world_size, ep), ranks, Path(folder), True)
-    return digests(run), run.progress, run.engine.model.routers[1].expert_bias_E.tolist(), go_on(run)
+    return digests(run), asdict(run.progress), run.engine.model.routers[1].expert_bias_E.tolist(), go_on(run)
 
 
 def _four(rank, n, data, folder):
@@ -66,7 +67,7 @@ def _four(rank, n, data, folder):
         run.train_step(False)
     run.save()
     run.saver.wait()
-    saved = digests(run), run.progress, run.engine.model.routers[1].expert_bias_E.tolist(), go_on(run)
+    saved = digests(run), asdict(run.progress), run.engine.model.routers[1].expert_bias_E.tolist(), go_on(run)
     return [saved, *(_load(build_ranks(rank, n, CPU, ep), data, folder) for ep in (4, 2))]
 
 

@@ -48,7 +48,7 @@ def one(rank, n, ep, data, folder):
     found = {"hash": weights_hash(engine.model, ranks), "shards": shards(engine)}
     found["norms"] = train(engine, ranks, 2)
     found["saved"] = state_of(engine) if rank == 0 else len(state_of(engine))
-    checkpoint.save(Path(folder) / f"{n}-{ep}-{data}", 2, engine.state_dict(), {}, ranks, 1)
+    checkpoint.save(Path(folder) / f"{n}-{ep}-{data}", 2, {"engine": engine.state_dict()}, {}, ranks, 1)
     # Forward passes without backward between two steps, by either way in, leave no trace.
     batch = share(rank, n, 5)[0]
     found["scores"] = probe_scores(engine.model, [(batch.tokens_BS, None)], ranks).numpy()
@@ -75,9 +75,10 @@ def reload(rank, n, layouts, folder, names):
     for ep, data in layouts:
         for name in names:
             engine, ranks = build(rank, n, ep, data, run__seed=7)  # other weights
-            state = engine.state_dict()
-            checkpoint.load(Path(folder) / name / "step-00000002", state, ranks)
-            engine.load_state_dict(state)
+            state = {"engine": engine.state_dict()}
+            (saved,) = checkpoint.whole(Path(folder) / name, ranks, print)
+            checkpoint.load(saved, state, ranks)
+            engine.load_state_dict(state["engine"])
             loaded = state_of(engine)
             found[ep, data, name] = (loaded if rank == 0 else None, train(engine, ranks, 1))
     return found
