@@ -42,7 +42,6 @@ SECTIONS: dict[str, list[Panel]] = {
         Panel("MaxVio of a batch, each layer", ["moe/maxvio_batch/layer_"], log_y=True),
         Panel("MaxVio of everything so far, and held out", ["moe/maxvio_seen/max", "moe/maxvio_val/max"], log_y=True),
         Panel("Excess over the sampling floor", _both("moe/excess_maxvio_batch")),
-        Panel("Least loaded expert, min A / L − 1", ["moe/minvio_batch/min"]),
         Panel("Idle and dead experts", ["moe/idle_batch/max", "moe/idle_seen/max", "moe/dead/max"]),
         Panel("Longest idle streak, steps", ["moe/idle_streak/max"]),
         Panel("Effective experts, share", ["moe/effective_experts_batch/mean"]),
@@ -63,7 +62,6 @@ SECTIONS: dict[str, list[Panel]] = {
     ],
     "5 Does imbalance cost time?": [
         Panel("Straggler factor of this run", _both("moe/straggler_batch")),
-        Panel("Straggler factor, simulated", ["moe/straggler_8_batch/mean", "moe/straggler_64_batch/mean"]),
         Panel("Share of the step", ["speed/imbalance_share", "speed/balance_share", "speed/regret_share"]),
         Panel("Tokens per second", ["speed/tokens_per_s"]),
         Panel("MFU on active parameters", ["speed/mfu"]),
@@ -75,7 +73,8 @@ SECTIONS: dict[str, list[Panel]] = {
         Panel("Tokens per second by method", ["speed/tokens_per_s"], methods=True),
     ],
     "7 Run health": [
-        Panel("Skipped steps", ["optim/skipped_steps"]),
+        Panel("Share of the time: productive, lost to restarts", ["goodput/productive", "goodput/restarts"]),
+        Panel("Skipped steps and loss spikes", ["optim/skipped_steps", "optim/loss_spikes"]),
         Panel("Seconds per step", ["speed/step_s"], log_y=True),
         Panel("Highest memory of a rank, GiB", ["memory/peak_gib"]),
     ],
