@@ -84,8 +84,8 @@ class NativeEngine:
     def _grad_norm(self) -> float:
         """The global norm, every parameter once: shards are summed over all ranks, replicas over none, and of the experts
         those of one ep group (edp ranks hold equal copies)."""
-        dense = _sum_of_squares(self.dense_parameters, self.ranks.device)
-        experts = _sum_of_squares(self.expert_parameters, self.ranks.device)
+        dense = sum_of_squares(self.dense_parameters, self.ranks.device)
+        experts = sum_of_squares(self.expert_parameters, self.ranks.device)
         total = self.ranks.sum(dense + experts) if self.sharded else dense + self.ranks.sum_over_ep(experts)
         return math.sqrt(x) if (x := total.item()) >= 0 else math.nan  # sync: once a step
 
@@ -102,9 +102,15 @@ class NativeEngine:
         self.optimizer.zero_grad()
         return StepResult(norm, applied)
 
+    def discard(self) -> None:
+        self.model.zero_grad()
+
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+
+    def weights(self) -> dict[str, Tensor]:
+        return dict(self.model.named_parameters())
 
     def state_dict(self) -> dict[str, Any]:
         model = get_model_state_dict(
@@ -119,7 +125,8 @@ class NativeEngine:
         set_optimizer_state_dict(self.model, self.optimizer, own | state["optimizer"], options=FLAT)
 
 
-def _sum_of_squares(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
+def sum_of_squares(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
+    """Of this rank's parts of the gradients; float64 scalar."""
     local = [local_tensor(p.grad) for p in parameters if p.grad is not None]
     if not local:
         return torch.zeros((), device=device, dtype=torch.float64)
