@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -69,6 +70,7 @@ class Engine(Protocol):
 def build_engine(config: Config, ranks: Ranks, eos_id: int) -> Engine:
     """The engine of `train.engine` with freshly initialised weights."""
     if config.train.engine == "deepspeed":
+        os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)  # read at import; without it, it probes and warns
         from moe.train.engines.deepspeed_zero import DeepSpeedEngine
 
         return DeepSpeedEngine(config, ranks, eos_id)

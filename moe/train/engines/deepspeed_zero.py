@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -277,13 +278,15 @@ class DeepSpeedEngine:
 def _start(ranks: Ranks) -> None:
     """DeepSpeed's own view of the ranks, which `join_ranks` has joined."""
     os.environ.setdefault("LOCAL_RANK", str(ranks.device.index or 0))  # it insists; torchrun and its launcher set it
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # It calls collectives by names that torch 2.13 deprecates, on every rank in every step.
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # a skipped step is said by the loop
     if ranks.device.type == "cpu":
         # Its shared-memory all-reduce would be compiled here, 43 s with c++, to replace gloo's.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():  # one process
-        dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+    if not dist.is_initialized():  # one process
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
