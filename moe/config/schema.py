@@ -166,6 +166,11 @@ class DeepSpeedSection(Section):
     3 and the parameters."""
     offload_optimizer: bool = False
     """Keep the optimizer's state in the memory of the host; needs a GPU and zero_stage 1 or more."""
+    own_files: bool = False
+    """Checkpoints hold DeepSpeed's own files as well, for its tools; --resume needs them not."""
+    start_from: str | None = None
+    """A checkpoint with own_files, or a folder of DeepSpeed's, whose weights, optimizer state and bias a new run takes; of the
+    same ranks and zero_stage."""
 
 
 RATES: dict[str, float | str] = {

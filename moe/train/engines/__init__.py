@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -60,6 +61,15 @@ class Engine(Protocol):
 
     def state_dict(self) -> dict[str, Any]:
         """Sharded model and optimizer state for torch.distributed.checkpoint, of the same names and shapes in every engine."""
+        ...
+
+    def write_files(self, folder: Path, balancer: dict[str, Tensor]) -> bool:
+        """Files of the engine's own kind that a checkpoint is to hold as well; False: none. A collective."""
+        ...
+
+    def read_files(self) -> dict[str, Tensor] | None:
+        """Start from such files, if the configuration names any; the balancer's state in them. A collective. Raises
+        CheckpointError."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

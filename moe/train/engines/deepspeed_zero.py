@@ -16,6 +16,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -40,12 +41,13 @@ from moe.model.experts import Experts, local_tensor
 from moe.model.transformer import Transformer
 from moe.parallel import Ranks
 from moe.train.data import Batch
-from moe.train.engines import StepOutput, StepResult
+from moe.train.engines import StepOutput, StepResult, deepspeed_files
 from moe.train.engines.accumulate import accumulate
 from moe.train.engines.native import sum_of_squares
 from moe.train.optim import build_optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+EXPERT = "deepspeed_moe.experts.deepspeed_experts"
 LARGEST_BUCKET = 500_000_000  # elements; DeepSpeed allocates its bucket whole
 
 
@@ -54,6 +56,19 @@ class _SharedExperts(Experts, MoE):
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """The groups exist already."""
+
+    # DeepSpeed's checkpoints have a file an expert, and find it by this name.
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        for name, stacked in self.named_parameters():
+            for index, expert in enumerate(stacked if keep_vars else stacked.detach()):
+                destination[f"{prefix}{EXPERT}.{index}.{name}"] = expert
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        for name, stacked in self.named_parameters():
+            experts = [state_dict.pop(f"{prefix}{EXPERT}.{index}.{name}") for index in range(len(stacked))]
+            state_dict[prefix + name] = torch.stack(experts)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class DeepSpeedEngine:
@@ -134,7 +149,12 @@ class DeepSpeedEngine:
         for part in self._updated():
             zeros = {key: torch.zeros_like(part, dtype=torch.float32) for key in MOMENTS}
             self._inner.state[part] = {"step": torch.zeros((), device=part.device), **zeros}
+        self._find_moments()
+
+    def _find_moments(self) -> None:
+        """Let stages 1 and 2 know which part of the flat moments is which parameter's."""
         if self.stage in (1, 2):
+            self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     @property
@@ -228,6 +248,26 @@ class DeepSpeedEngine:
         (taken,) = {int(value) for name, value in state["optimizer"].items() if name.endswith(".step")}
         for step in self._steps():
             step.fill_(taken)
+
+    def write_files(self, folder: Path, balancer: dict[str, Tensor]) -> bool:
+        if self.config.deepspeed.own_files:
+            deepspeed_files.write(self.engine, folder, self._about(), balancer, self.ranks)
+        return self.config.deepspeed.own_files
+
+    def read_files(self) -> dict[str, Tensor] | None:
+        if self.config.deepspeed.start_from is None:
+            return None
+        path = Path(self.config.deepspeed.start_from)
+        balancer = deepspeed_files.read(self.engine, path, self._about(), self.ranks)
+        self._find_moments()
+        return balancer
+
+    def _about(self) -> dict[str, Any]:
+        """What DeepSpeed's files fit."""
+        c = self.config
+        own = {"deepspeed.zero_stage": self.stage, "parallel.ep": c.parallel.ep, "ranks": self.ranks.world_size}
+        model = {f"model.{name}": value for name, value in c.model.model_dump().items()}
+        return own | {"balance.method": c.balance.method} | model
 
     def _steps(self) -> list[Tensor]:
         return [self._inner.state[part]["step"] for part in self._updated()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -118,6 +119,12 @@ class NativeEngine:
         )  # first: after a forward pass alone it puts FSDP2's shards back in place
         moments = get_optimizer_state_dict(self.model, self.optimizer, options=FLAT)
         return {"model": model, "optimizer": {k: v for k, v in moments.items() if k.startswith("state.")}}
+
+    def write_files(self, folder: Path, balancer: dict[str, Tensor]) -> bool:
+        return False
+
+    def read_files(self) -> dict[str, Tensor] | None:
+        return None
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         set_model_state_dict(self.model, state["model"])
