@@ -85,6 +85,7 @@ class DeepSpeedEngine:
         self.parameters = dict(self.model.named_parameters())
         optimizer = build_optimizer(self.model, config.optim)
         optimizer.param_groups[:] = self._groups(optimizer.param_groups)
+        self.engine: Any  # its annotations leave out what ZeRO adds
         self.engine, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=self._settings())
         self._prepare_moments()
 
@@ -212,7 +213,8 @@ class DeepSpeedEngine:
             return
         # Gradients are in buffers that only a step clears: one that is not finite is skipped and cleared.
         parameter = next(p for p in self.parameters.values() if p.requires_grad)
-        safe_set_full_grad(parameter, torch.full_like(safe_get_full_grad(parameter), math.nan))
+        gradient: Any = safe_get_full_grad(parameter)
+        safe_set_full_grad(parameter, torch.full_like(gradient, math.nan))
         self.engine.step()
         assert not self.engine.was_step_applied(), "a step that is not finite must be skipped"
 
@@ -287,9 +289,10 @@ class DeepSpeedEngine:
     def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
         if self.stage == 0:
             return self._inner.state[parameter][key].clone()
-        return safe_get_full_optimizer_state(parameter, key).clone()
+        moment: Any = safe_get_full_optimizer_state(parameter, key)
+        return moment.clone()
 
-    def _set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
+    def _set_weight(self, parameter: Any, value: Tensor) -> None:
         if self.stage == 3:
             part = self._part(parameter, value)
             parameter.ds_tensor.data.copy_(part)
@@ -308,7 +311,7 @@ class DeepSpeedEngine:
             safe_set_full_optimizer_state(parameter, value, key)
 
     @staticmethod
-    def _part(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    def _part(parameter: Any, value: Tensor) -> Tensor:
         """This rank's part of a parameter under ZeRO-3, the last one padded."""
         size, rank = parameter.ds_tensor.numel(), dist.get_rank(parameter.ds_process_group)
         part = value.flatten()[rank * size : (rank + 1) * size]
