@@ -260,7 +260,11 @@ class DeepSpeedEngine:
         if self.config.deepspeed.start_from is None:
             return None
         path = Path(self.config.deepspeed.start_from)
+        param_groups = self.engine.optimizer.param_groups
+        own = [{k: v for k, v in group.items() if k != "params"} for group in param_groups]
         balancer = deepspeed_files.read(self.engine, path, self._about(), self.ranks)
+        for group, settings in zip(param_groups, own, strict=True):
+            group.update(settings)  # the configuration's, not the file's
         self._find_moments()
         return balancer
 
@@ -276,21 +280,22 @@ class DeepSpeedEngine:
 
     def _whole(self, name: str, local: Tensor) -> Tensor:
         mesh = self.ranks.ep_mesh
-        return (
-            local
-            if mesh is None or ".experts." not in name
-            else DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
-        )
+        if mesh is None or ".experts." not in name:
+            return local
+        # A copy: what stages a checkpoint copies the storage under a DTensor, and ZeRO's is that of all parameters.
+        return DTensor.from_local(local.clone(), mesh, [Shard(0)], run_check=False)
 
     def _weight(self, parameter: nn.Parameter) -> Tensor:
-        with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
+        if self.stage < 3:
+            return parameter.detach()
+        with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
 
     def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
         if self.stage == 0:
-            return self._inner.state[parameter][key].clone()
+            return self._inner.state[parameter][key]
         moment: Any = safe_get_full_optimizer_state(parameter, key)
-        return moment.clone()
+        return moment
 
     def _set_weight(self, parameter: Any, value: Tensor) -> None:
         if self.stage == 3:

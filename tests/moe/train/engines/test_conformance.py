@@ -34,6 +34,7 @@ ENGINES = {"native": NATIVE} | {
 }
 VENDORS = {name: () if name == "native" else (needs_deepspeed,) for name in ENGINES}
 engines = pytest.mark.parametrize("name", [pytest.param(name, marks=VENDORS[name]) for name in ENGINES])
+THOROUGH = ("native", "zero_1", "zero_3")  # stages 0 and 2 differ from these in what happens to gradients alone
 METHODS = sorted(set(BALANCERS) - {"none", *ASSIGNMENTS})
 State = dict[str, np.ndarray]
 
@@ -175,9 +176,10 @@ def variants(rank: int, n: int, settings: dict[str, Any]) -> dict[str, Step]:
 def everything(rank: int, n: int, names: list[str], recorded: list[Step], folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {name: facts(rank, n, 2, ENGINES[name], recorded, folder, name) for name in names}
     for name in names:
-        for source in sorted({name, "native", "zero_3"} & set(names)):
+        for source in {name: 0, "native": 0} | ({"zero_3": 0} if name in THOROUGH and "zero_3" in names else {}):
             found[f"{name} from {source}"] = resumed(rank, n, 2, ENGINES[name], folder, source)
-        found[f"variants of {name}"] = variants(rank, n, ENGINES[name])
+        if name in THOROUGH:
+            found[f"variants of {name}"] = variants(rank, n, ENGINES[name])
         if name in ("native", "zero_1"):
             found[f"methods of {name}"] = methods(rank, n, ENGINES[name])
     return found
@@ -195,7 +197,7 @@ def alone() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def found(alone, tmp_path_factory) -> list[dict[str, Any]]:
     names = [name for name in ENGINES if name == "native" or find_spec("deepspeed")]
-    return run_ranks(everything, 2, names, alone["steps"], str(tmp_path_factory.mktemp("saved")))
+    return run_ranks(everything, 2, names, alone["steps"], str(tmp_path_factory.mktemp("saved")), timeout_s=400)
 
 
 def close(a: np.ndarray, b: np.ndarray, tolerance: float) -> bool:
@@ -248,8 +250,11 @@ def test_p07_p36_a_resumed_run_is_the_run_that_went_on(name, found):
             assert (step.loss, step.norm, step.bias) == (expected.loss, expected.norm, expected.bias)
 
 
-@engines
-@pytest.mark.parametrize("source", ["native", pytest.param("zero_3", marks=needs_deepspeed)])
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [pytest.param("native", name, marks=VENDORS[name]) for name in ENGINES]
+    + [pytest.param("zero_3", name, marks=needs_deepspeed) for name in THOROUGH],
+)
 def test_p26_a_run_may_change_engines(name, source, found):
     for rank in found:
         loaded, steps, _ = rank[f"{name} from {source}"]
@@ -259,7 +264,7 @@ def test_p26_a_run_may_change_engines(name, source, found):
             assert step.norm == pytest.approx(expected.norm, rel=1e-4)
 
 
-@engines
+@pytest.mark.parametrize("name", [pytest.param(name, marks=VENDORS[name]) for name in THOROUGH])
 def test_p03_p06_p23_checkpointing_bfloat16_and_losses_are_the_model_s_own(name, found):
     for rank in found:
         for what, (first, second, exact) in rank[f"variants of {name}"].items():

@@ -115,9 +115,9 @@ def every(rank: int, n: int, data: str, root: str, stages: list[int]) -> list[di
     return [go(rank, n, data, root, stage) for stage in stages]
 
 
-@pytest.mark.parametrize("stages", [[1, 3], pytest.param([0, 2], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stages", [[1], pytest.param([0, 2, 3], marks=pytest.mark.slow)])
 def test_p26_deepspeed_s_files_hold_everything_and_are_read_with_care(stages, tmp_path):
     data = str(make_token_folder(tmp_path / "data"))
-    for rank, found in enumerate(run_ranks(every, 2, data, str(tmp_path), stages)):
+    for rank, found in enumerate(run_ranks(every, 2, data, str(tmp_path), stages, timeout_s=400)):
         for stage, one in zip(stages, found, strict=True):
             check(one, stage, rank)
