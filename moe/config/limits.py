@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from moe.config.schema import ASSIGNMENTS, RATES, BalanceSection, Config, ConfigError
+from importlib.util import find_spec
+
+from moe.config.schema import ASSIGNMENTS, RATES, BalanceSection, Config, ConfigError, DeepSpeedSection
 
 
 def resolve(config: Config, world_size: int = 1, cuda: bool = False) -> Config:
@@ -19,6 +21,7 @@ def resolve(config: Config, world_size: int = 1, cuda: bool = False) -> Config:
     )
     _check_balance(config)
     _check_assignment(config, world_size)
+    _check_deepspeed(config, cuda)
     m, t, b, o = config.model, config.train, config.balance, config.observe
     in_theory = m.group_top_k >= m.num_groups and b.method not in ASSIGNMENTS
     return config.model_copy(
@@ -137,6 +140,40 @@ def _check_ranks(config: Config, world_size: int) -> None:
         micro is None or (batch // world_size) % micro == 0,
         f"train.micro_batch_size = {micro} does not divide the {batch // world_size} sequences of a rank "
         f"(train.batch_size = {batch} over {world_size} ranks): choose a divisor of {batch // world_size}",
+    )
+
+
+def _check_deepspeed(config: Config, cuda: bool) -> None:
+    d, p, default = config.deepspeed, config.parallel, DeepSpeedSection()
+    if config.train.engine != "deepspeed":
+        for name in DeepSpeedSection.model_fields:
+            value = getattr(d, name)
+            _require(
+                value == getattr(default, name),
+                f"deepspeed.{name} = {value!r} is for the DeepSpeed engine, and train.engine = {config.train.engine!r}: "
+                "set train.engine to deepspeed, or leave it out",
+            )
+        return
+    _require(
+        p.data == "replicate",
+        f"parallel.data = {p.data!r} is how the native engine shards, and train.engine = 'deepspeed' has stages for it: "
+        "set deepspeed.zero_stage to 3, and parallel.data to replicate",
+    )
+    _require(
+        p.dispatch == "exact",
+        f"parallel.dispatch = {p.dispatch!r} may repeat a step, which train.engine = 'deepspeed' cannot once it has "
+        "reduced gradients: set parallel.dispatch to exact, or train.engine to native",
+    )
+    _require(
+        not d.offload_optimizer or (d.zero_stage > 0 and cuda),
+        f"deepspeed.offload_optimizer = true moves a share of the optimizer's state from a GPU to the host, and there is "
+        f"{'no share with deepspeed.zero_stage = 0' if cuda else 'no GPU'}: "
+        f"set {'deepspeed.zero_stage to 1 or more' if cuda else 'it to false'}",
+    )
+    _require(
+        find_spec("deepspeed") is not None,
+        "train.engine = 'deepspeed' needs the package deepspeed, which is not installed: pip install 'alf-moe[deepspeed]' "
+        "(make setup installs it), or set train.engine to native",
     )
 
 

@@ -156,8 +156,21 @@ class TrainSection(Section):
     """Seconds without progress of a rank, after which the missing rank and all stacks are reported and the run ends."""
     profile: bool = False
     """Write a profiler trace (and on CUDA a memory snapshot) of steps 6 to 8 into the run folder."""
-    engine: Literal["native"] = "native"
-    """What runs the model."""
+    engine: Literal["native", "deepspeed"] = "native"
+    """What runs the model: torch alone, or DeepSpeed's ZeRO (its own section)."""
+
+
+class DeepSpeedSection(Section):
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    """What data-parallel ranks share instead of holding it whole: 0 nothing, 1 the optimizer's state, 2 and its gradients,
+    3 and the parameters."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in the memory of the host; needs a GPU and zero_stage 1 or more."""
+    own_files: bool = False
+    """Checkpoints hold DeepSpeed's own files as well, for its tools; --resume needs them not."""
+    start_from: str | None = None
+    """A checkpoint with own_files, or a folder of DeepSpeed's, whose weights, optimizer state and bias a new run takes; of the
+    same ranks and zero_stage."""
 
 
 RATES: dict[str, float | str] = {
@@ -287,6 +300,7 @@ class Config(Section):
     model: ModelSection
     data: DataSection
     parallel: ParallelSection = ParallelSection()
+    deepspeed: DeepSpeedSection = DeepSpeedSection()
     optim: OptimSection
     train: TrainSection
     balance: BalanceSection = BalanceSection()

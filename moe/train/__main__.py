@@ -71,7 +71,7 @@ def parse(argv: list[str]) -> tuple[list[str], list[str], bool]:
             files.append(words.pop(0))
         elif word.startswith("--config="):
             files.append(word.removeprefix("--config="))
-        else:
+        elif not word.startswith("--local_rank="):  # the deepspeed launcher adds it to every command
             overrides.append(word)
     return files, overrides, resume
 

@@ -1,6 +1,6 @@
 """Checkpoints: written beside, verified by hash, published by a rename; read only after the manifest agrees.
 
-    checkpoints/step-00001200/  state/ (torch.distributed.checkpoint)   trainer.json   MANIFEST.json
+    checkpoints/step-00001200/  state/ (torch.distributed.checkpoint)   trainer.json   MANIFEST.json   deepspeed/ (if asked for)
     checkpoints/LATEST          name of the newest one
 
 A checkpoint is trusted input: the manifest proves that it is whole, not where it comes from (SECURITY.md).
@@ -24,6 +24,7 @@ from moe.train.census import expert_census
 from moe.train.manifest import verify
 
 FORMAT_VERSION = 2
+OWN_FILES = "deepspeed"  # files of an engine, beside the state that every engine reads
 DCP_FAILURES = (Exception, dcp.api.CheckpointException)  # the latter is a BaseException
 
 
@@ -47,8 +48,11 @@ def save(
     ranks: Ranks,
     keep: int,
     keep_every: int = 0,
+    own: Path | None = None,
 ) -> Path:
     """Write `state` (tensors, sharded or equal on all ranks) and `trainer` (JSON), publish, delete the outdated ones.
+
+    own: a folder of the same file system that becomes part of the checkpoint.
 
     Called by all ranks; raises CheckpointError on all of them when one fails, with the older checkpoints untouched.
     """
@@ -57,8 +61,9 @@ def save(
     what = f"checkpoint of step {step}"
 
     def prepare() -> None:
-        for left in folder.glob(".partial-step-*"):  # of a save that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        for left in [*folder.glob(".partial-step-*"), *folder.glob(".own-step-*")]:  # of a save that was killed
+            if left != own:
+                shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
         needed, free = state_bytes(state), shutil.disk_usage(folder).free
         if free < needed:
@@ -68,7 +73,11 @@ def save(
         trainer_file = partial / "trainer.json"
         about = {"format_version": FORMAT_VERSION, "step": step, "time": time.time(), **trainer}
         trainer_file.write_text(json.dumps(about, indent=1))
-        files = manifest.describe(partial, [trainer_file, partial / "state" / ".metadata"])
+        plain = [trainer_file, partial / "state" / ".metadata"]
+        if own is not None:
+            own.rename(partial / OWN_FILES)
+            plain += [path for path in (partial / OWN_FILES).rglob("*") if path.is_file()]
+        files = manifest.describe(partial, plain)
         manifest.write(partial, files | {k: v for part in parts for k, v in part.items()}, census)
         shutil.rmtree(final, ignore_errors=True)  # only a damaged one can be there: whole ones are resumed from
         partial.rename(final)

@@ -67,7 +67,10 @@ class Run:
         o = config.observe
         scores = run_dir / "scores"
         self.recorder = ScoreRecorder(self.routers, config.model.top_k, o.record_from, o.record_scores, scores)
-        self.init_hash = weights_hash(self.engine.model, ranks)
+        if not resume and (balance := self.engine.read_files()) is not None:
+            self.balancer.load_state_dict(balance)
+            self.balancer.publish(list(self.routers.values()))
+        self.init_hash = weights_hash(self.engine.weights(), ranks)
         self.watchdog = Watchdog(ranks, run_dir, config.train.timeout_s)
         self.saver = Saver(self.checkpoints, config.checkpoint, ranks, self.saved)
         self.progress = Progress()
@@ -162,7 +165,7 @@ class Run:
 
     def skip(self) -> StepResult:
         """Forget the gradients of a step whose loss stands out."""
-        self.engine.model.zero_grad()
+        self.engine.discard()
         self.progress.spikes += 1
         return StepResult(math.nan, False)
 
@@ -309,7 +312,9 @@ class Run:
             self.tracker.write_npz(self.run_dir / "loads.npz")
         self.watchdog.at(f"checkpoint after step {self.progress.step:,}")
         with self.goodput.part("checkpoint"):
-            self.saver.save(self.progress.step, self.state(), trainer_json(self))
+            own = self.checkpoints / f".own-step-{self.progress.step:08d}"
+            written = self.engine.write_files(own, self.balancer.state_dict())
+            self.saver.save(self.progress.step, self.state(), trainer_json(self), own if written else None)
 
     def settle(self) -> None:
         """Until the checkpoint that was begun is published. Raises CheckpointError, on all ranks, when it cannot be."""

@@ -33,12 +33,14 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, step: int, state: dict[str, Any], trainer: dict[str, Any]) -> None:
+    def save(self, step: int, state: dict[str, Any], trainer: dict[str, Any], own: Path | None = None) -> None:
         """Copy the state and write it, in the background if the configuration says so. Called by all ranks; raises the
         CheckpointError of the save before this one, or without a background its own."""
         self.wait()
         copy = BlockingAsyncStager(cache_staged_state_dict=False).stage(state)
-        self._thread = threading.Thread(target=self._write, args=(step, copy, trainer), name="checkpoint", daemon=True)
+        self._thread = threading.Thread(
+            target=self._write, args=(step, copy, trainer, own), name="checkpoint", daemon=True
+        )
         self._thread.start()
         if not self.section.background:
             self.wait()
@@ -56,10 +58,10 @@ class Saver:
         """Whether this rank knows of a failure: the others find out in `wait`."""
         return self._error is not None
 
-    def _write(self, step: int, state: dict[str, Any], trainer: dict[str, Any]) -> None:
+    def _write(self, step: int, state: dict[str, Any], trainer: dict[str, Any], own: Path | None) -> None:
         s = self.section
         try:
-            path = checkpoint.save(self.folder, step, state, trainer, self.ranks, s.keep, s.keep_every)
+            path = checkpoint.save(self.folder, step, state, trainer, self.ranks, s.keep, s.keep_every, own)
             if self.ranks.is_main:
                 self.published(path)
         except CheckpointError as error:

@@ -112,7 +112,29 @@ CONFIGURATION = [
     ("--train.micro_batch_size 3", "train.micro_batch_size = 3", "divisor of 4"),
     ("--train.compute_dtype float16", "train.compute_dtype = 'float16'", "bfloat16"),
     ("--train.deterministic maybe", "train.deterministic = 'maybe'", "true or false"),
-    ("--train.engine deepsped", "train.engine = 'deepsped'", "native"),
+    ("--train.engine deepsped", "train.engine = 'deepsped'", "did you mean deepspeed?"),
+    ("--train.engine deepspeed --deepspeed.zero_stage 4", "deepspeed.zero_stage = 4", "<= 3"),
+    (
+        "--train.engine deepspeed --deepspeed.zero_stag 1",
+        "deepspeed.zero_stag = 1",
+        "did you mean deepspeed.zero_stage?",
+    ),
+    (
+        "--deepspeed.zero_stage 3",
+        "deepspeed.zero_stage = 3",
+        "train.engine = 'native'",
+        "set train.engine to deepspeed",
+    ),
+    ("--train.engine deepspeed --parallel.data shard", "parallel.data = 'shard'", "deepspeed.zero_stage to 3"),
+    ("--train.engine deepspeed --parallel.dispatch padded", "parallel.dispatch = 'padded'", "exact"),
+    ("--train.engine deepspeed --parallel.ep 3", "parallel.ep = 3", "2 ranks"),
+    ("--train.engine deepspeed --balance.method sinkhorn", "balance.method = 'sinkhorn'", "2 ranks"),
+    (
+        "--train.engine deepspeed --deepspeed.zero_stage 3 --deepspeed.offload_optimizer true",
+        "deepspeed.offload_optimizer = true",
+        "no GPU",
+        "set it to false",
+    ),
     ("--trian.steps 5", "trian", "did you mean train?"),
     ("--data.mix 3", "data.mix = 3", "section"),
     ("--data.mix.wiki 0", "data.mix.wiki = 0", "> 0"),
@@ -135,6 +157,15 @@ def test_bad_configuration_is_one_sentence_and_exit_2(case, data, tmp_path):
     words, *says = case
     done = alf_moe("train", *TINY, "--data.path", str(data), "--run.folder", str(tmp_path / "runs"), *words.split())
     refused(done, 2, *says)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_engine_that_is_not_installed_names_the_package_to_install(data, tmp_path):
+    without = "import sys; sys.modules['deepspeed'] = None; from launch.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = ["train", *TINY, "--data.path", str(data), "--run.folder", str(tmp_path / "runs")]
+    words += ["--train.engine", "deepspeed", "--deepspeed.zero_stage", "2"]
+    done = subprocess.run([sys.executable, "-c", without, *words], capture_output=True, text=True, timeout=120)
+    refused(done, 2, "train.engine = 'deepspeed'", "pip install 'alf-moe[deepspeed]'")
     assert not (tmp_path / "runs").exists()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -45,12 +47,29 @@ class Engine(Protocol):
         """Clip, update, clear the gradients; skip the update when the gradient is not finite."""
         ...
 
+    def discard(self) -> None:
+        """Clear the gradients instead of a step; nothing else changes."""
+        ...
+
     def set_lr(self, lr: float) -> None:
         """Learning rate of the next step."""
         ...
 
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter by name: whole, or a DTensor. A collective."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
-        """Sharded model and optimizer state for torch.distributed.checkpoint."""
+        """Sharded model and optimizer state for torch.distributed.checkpoint, of the same names and shapes in every engine."""
+        ...
+
+    def write_files(self, folder: Path, balancer: dict[str, Tensor]) -> bool:
+        """Files of the engine's own kind that a checkpoint is to hold as well; False: none. A collective."""
+        ...
+
+    def read_files(self) -> dict[str, Tensor] | None:
+        """Start from such files, if the configuration names any; the balancer's state in them. A collective. Raises
+        CheckpointError."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -60,6 +79,11 @@ class Engine(Protocol):
 
 def build_engine(config: Config, ranks: Ranks, eos_id: int) -> Engine:
     """The engine of `train.engine` with freshly initialised weights."""
+    if config.train.engine == "deepspeed":
+        os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)  # read at import; without it, it probes and warns
+        from moe.train.engines.deepspeed_zero import DeepSpeedEngine
+
+        return DeepSpeedEngine(config, ranks, eos_id)
     from moe.train.engines.native import NativeEngine
 
     return NativeEngine(config, ranks, eos_id)

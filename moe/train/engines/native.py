@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,16 +18,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from moe.balance import stats as router_stats
-from moe.balance.losses import global_aux_loss
 from moe.config import Config
 from moe.model.experts import local_tensor
 from moe.model.layer import MoELayer
-from moe.model.loss import IGNORED
-from moe.model.transformer import Output, Transformer
+from moe.model.transformer import Transformer
 from moe.parallel import Ranks
 from moe.train.data import Batch
 from moe.train.engines import StepOutput, StepResult
+from moe.train.engines.accumulate import accumulate
 from moe.train.engines.data_parallel import replicate, shard, sum_expert_gradients
 from moe.train.optim import build_optimizer
 
@@ -74,47 +73,20 @@ class NativeEngine:
                 layer.exact = False
 
     def _accumulate(self, micro_batches: Sequence[Batch]) -> StepOutput:
-        device = self.ranks.device
-        real = sum(
-            int((batch.targets_BS != IGNORED).sum()) for batch in micro_batches
-        )  # on host: batches come from there
-        tokens = self.ranks.sum(torch.tensor(real, dtype=torch.int64, device=device))
-        scale = 1.0 / tokens.clamp_min(1)
-        losses_3 = torch.zeros(3, device=device)
-        stats = seen_LE = None
-        for index, batch in enumerate(micro_batches):
-            last = index == len(micro_batches) - 1
-            with nullcontext() if last or self.replicated is None else self.replicated.no_sync():
-                out = self._forward(batch)
-                if out.prob_sum_LE is not None:
-                    seen_LE, out = self._global_aux(out, seen_LE)
-                ((out.ce + out.aux + out.z) * scale).backward()
-            losses_3 += torch.stack([out.ce, out.aux, out.z]).detach()
-            stats = out.stats if stats is None else router_stats.add(stats, out.stats)
+        def micro_step(last: bool):
+            return nullcontext() if last or self.replicated is None else self.replicated.no_sync()
+
+        forward = self.replicated or self.model
+        out = accumulate(self.config, self.ranks, micro_batches, forward, Tensor.backward, micro_step)
         if not self.sharded:
             sum_expert_gradients(self.expert_parameters, self.ranks)
-        assert stats is not None, "a step has at least one micro-batch"
-        return StepOutput(losses_3, tokens, stats)
-
-    def _forward(self, batch: Batch) -> Output:
-        tokens, targets = (t.to(self.ranks.device, non_blocking=True) for t in batch)
-        padded = bool((batch.targets_BS == IGNORED).any())
-        return (self.replicated or self.model)(tokens, targets, padded)
-
-    def _global_aux(self, out: Output, seen_LE: Tensor | None) -> tuple[Tensor, Output]:
-        """The counts of all ranks in this step so far, and the output with the loss on them: one more collective a
-        micro-batch, for all layers at once."""
-        assert out.prob_sum_LE is not None
-        counts_LE = self.ranks.sum(out.stats.tokens_per_expert)
-        seen_LE = counts_LE if seen_LE is None else seen_LE + counts_LE
-        aux = self.config.balance.aux_loss * global_aux_loss(out.prob_sum_LE, seen_LE)
-        return seen_LE, out._replace(aux=out.aux + aux)
+        return out
 
     def _grad_norm(self) -> float:
         """The global norm, every parameter once: shards are summed over all ranks, replicas over none, and of the experts
         those of one ep group (edp ranks hold equal copies)."""
-        dense = _sum_of_squares(self.dense_parameters, self.ranks.device)
-        experts = _sum_of_squares(self.expert_parameters, self.ranks.device)
+        dense = sum_of_squares(self.dense_parameters, self.ranks.device)
+        experts = sum_of_squares(self.expert_parameters, self.ranks.device)
         total = self.ranks.sum(dense + experts) if self.sharded else dense + self.ranks.sum_over_ep(experts)
         return math.sqrt(x) if (x := total.item()) >= 0 else math.nan  # sync: once a step
 
@@ -131,9 +103,15 @@ class NativeEngine:
         self.optimizer.zero_grad()
         return StepResult(norm, applied)
 
+    def discard(self) -> None:
+        self.model.zero_grad()
+
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+
+    def weights(self) -> dict[str, Tensor]:
+        return dict(self.model.named_parameters())
 
     def state_dict(self) -> dict[str, Any]:
         model = get_model_state_dict(
@@ -142,13 +120,20 @@ class NativeEngine:
         moments = get_optimizer_state_dict(self.model, self.optimizer, options=FLAT)
         return {"model": model, "optimizer": {k: v for k, v in moments.items() if k.startswith("state.")}}
 
+    def write_files(self, folder: Path, balancer: dict[str, Tensor]) -> bool:
+        return False
+
+    def read_files(self) -> dict[str, Tensor] | None:
+        return None
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         set_model_state_dict(self.model, state["model"])
         own = get_optimizer_state_dict(self.model, self.optimizer, options=FLAT)
         set_optimizer_state_dict(self.model, self.optimizer, own | state["optimizer"], options=FLAT)
 
 
-def _sum_of_squares(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
+def sum_of_squares(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
+    """Of this rank's parts of the gradients; float64 scalar."""
     local = [local_tensor(p.grad) for p in parameters if p.grad is not None]
     if not local:
         return torch.zeros((), device=device, dtype=torch.float64)

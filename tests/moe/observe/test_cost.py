@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from moe.config import resolve, validate
+from moe.config import DeepSpeedSection, resolve, validate
 from moe.observe import cost
 from tests.tiny import tiny_config, tiny_tree
 
@@ -107,6 +107,13 @@ def test_memory_divides_only_the_routed_experts():
     assert alone == 16 * p.total
     assert two == 16 * (p.total - p.routed_experts / 2)
     assert cost.state_gib(tiny_config(4, parallel__data="shard"), 4) * 2**30 == 16 * p.total / 4
+    t = tiny_config(4).train.model_copy(update={"engine": "deepspeed"})
+    stages = [
+        tiny_config(4).model_copy(update={"train": t, "deepspeed": DeepSpeedSection(zero_stage=stage)})
+        for stage in range(4)
+    ]
+    found = [cost.state_gib(config, 4) * 2**30 for config in stages]
+    assert found == [16 * p.total, 8 * p.total + 12 * p.total / 4, 4 * p.total + 16 * p.total / 4, 20 * p.total / 4]
 
 
 def test_cost_imports_no_torch():

@@ -19,7 +19,7 @@ from moe.balance.stats import collect
 from moe.model.router import Router
 from moe.parallel import Ranks, build_ranks
 from moe.train.data import Batch
-from moe.train.engines.native import NativeEngine
+from moe.train.engines import Engine, build_engine
 from tests.tiny import CPU, random_tokens, tiny_config
 
 BATCH = 8
@@ -55,11 +55,11 @@ def share(rank: int, n: int, step: int, micro: int | None = None) -> list[Batch]
     return [Batch(x[i : i + micro], y[i : i + micro]) for i in starts]
 
 
-def build(rank: int, n: int, ep: int, data: str, **settings: Any) -> tuple[NativeEngine, Ranks]:
-    """An engine with the weights of seed 0."""
+def build(rank: int, n: int, ep: int, data: str, **settings: Any) -> tuple[Engine, Ranks]:
+    """An engine with the weights of seed 0; native, unless the settings say otherwise."""
     config = tiny_config(n, parallel__ep=ep, parallel__data=data, **settings)
     ranks = build_ranks(rank, n, CPU, ep)
-    return NativeEngine(config, ranks, 0), ranks
+    return build_engine(config, ranks, 0), ranks
 
 
 def replay(router: Router, ids_TK: Tensor) -> None:
