@@ -1,0 +1,89 @@
+"""Our balancers on a Hugging Face DeepSeek-V3 or GLM-4-MoE model, which never moves its `e_score_correction_bias` itself.
+
+    from moe.interop.transformers import attach
+
+    model = DeepseekV3ForCausalLM(config)        # or Glm4MoeForCausalLM, from_pretrained too; wrapped in DDP too
+    balancing = attach(model, "coordinate")      # or a BalanceSection(method="sign", rate=1e-3, ...)
+    for batch in loader:
+        model(**batch).loss.backward()
+        optimizer.step()                         # with gradient accumulation: after the last micro-batch
+        balancing.step()
+
+With the Trainer, call `step` from a callback's on_optimizer_step. Tokens whose `attention_mask` is 0 are no load, where it
+has the shape of the tokens [B, S]; with a mask of another form every token counts.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Model, DeepseekV3TopkRouter
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeModel, Glm4MoeTopkRouter
+
+from moe.config import BalanceSection
+from moe.interop.attached import Attached, ForeignRouter, Groups, Routed, training_forward
+
+ROUTERS = (DeepseekV3TopkRouter, Glm4MoeTopkRouter)
+STACKS = (DeepseekV3Model, Glm4MoeModel)
+
+
+class _Pass:
+    """The forward pass of the whole model that the routers are in: its padding, and whether anything is learned from it."""
+
+    def __init__(self) -> None:
+        self.token_mask_T: Tensor | None = None
+        self.learns = True
+
+    def begin(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = inspect.signature(stack.forward).bind_partial(*args, **kwargs).arguments
+        mask = given.get("attention_mask")
+        flat = isinstance(mask, Tensor) and mask.dim() == 2
+        self.token_mask_T = mask.flatten().bool() if flat and not bool(mask.all()) else None  # sync: only with a mask
+        self.learns = torch.is_grad_enabled()
+
+    def end(self, *_: object) -> None:
+        self.token_mask_T, self.learns = None, True
+
+
+def attach(model: nn.Module, section: BalanceSection | str, group: dist.ProcessGroup | None = None) -> Attached:
+    """Balance all routers of `model`; see `Attached`.
+
+    section: a rule's name, or its settings. group: the ranks that see different tokens of one step; None: all ranks, or none
+    where torch.distributed is not in use. Raises ConfigError, and ValueError for a model without such routers.
+    """
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, ROUTERS)]
+    if not found:
+        known = ", ".join(kind.__name__ for kind in ROUTERS)
+        raise ValueError(f"{type(model).__name__} has no router to balance: its layers must have one of {known}")
+    gate = found[0][1]
+    routers = [ForeignRouter(module, "e_score_correction_bias", _layer(name)) for name, module in found]
+    attached = Attached(routers, section, gate.num_experts, gate.top_k, Groups(gate.num_group, gate.topk_group), group)
+    whole = _Pass()
+    for stack in (module for module in model.modules() if isinstance(module, STACKS)):
+        stack.register_forward_pre_hook(partial(whole.begin), with_kwargs=True)
+        stack.register_forward_hook(whole.end, always_call=True)
+    for router in routers:
+        router.module.register_forward_pre_hook(lambda _module, _args, router=router: attached.restore(router))
+        router.module.register_forward_hook(partial(_count, attached, router, whole))
+    return attached
+
+
+def _count(
+    attached: Attached, router: ForeignRouter, whole: _Pass, module: nn.Module, _args: tuple, out: tuple
+) -> None:
+    if not (training_forward(module) and whole.learns):
+        return
+    logits_TE, _, topk_ids_TK = out
+    attached.count(router, Routed(topk_ids_TK, logits_TE.sigmoid, whole.token_mask_T))
+
+
+def _layer(name: str) -> int:
+    found = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    assert found is not None, f"{name} lies in no numbered layer"
+    return int(found[1])
