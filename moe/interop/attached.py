@@ -13,7 +13,7 @@ Letters: T tokens, K experts per token, L MoE layers, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -81,15 +81,20 @@ class Attached:
         section: BalanceSection | str,
         num_experts: int,
         top_k: int,
-        groups: Groups = Groups(),
-        group: dist.ProcessGroup | None = None,
+        groups: Groups,
+        moe_layers: Sequence[int],
+        group: dist.ProcessGroup | None,
     ):
+        """routers: those of this rank. moe_layers: the layers with experts of the whole model, from 0. group: None for all
+        ranks."""
         self.section = checked(section)
         self.routers, self.groups, self.group = sorted(routers, key=lambda router: router.layer), groups, group
         layers = [router.layer for router in self.routers]
         assert len(set(layers)) == len(layers), f"two routers of one layer among {layers}"
-        if unknown := set(self.section.frozen_layers) - set(layers):
-            raise ConfigError(f"balance.frozen_layers has {min(unknown)}, which is no MoE layer: name some of {layers}")
+        if unknown := set(self.section.frozen_layers) - set(moe_layers):
+            raise ConfigError(
+                f"balance.frozen_layers has {min(unknown)}, which is no MoE layer: name some of {list(moe_layers)}"
+            )
         self.balancer = build_balancer(self.section, layers, num_experts, top_k)
         self.needs = self.balancer.needs_of(self.section)
         self.last = zeros(len(layers), num_experts)
@@ -212,3 +217,23 @@ def checked(section: BalanceSection | str) -> BalanceSection:
 def training_forward(module: nn.Module) -> bool:
     """Whether a hook that runs now sees a forward pass in training mode, not its recomputation in the backward pass."""
     return module.training and torch._C._current_graph_task_id() == -1
+
+
+class WholePass:
+    """The forward pass of a whole model: whether anything is learned from it. Reentrant recomputation runs layers without
+    gradient, so that the routers themselves cannot tell."""
+
+    learns = True
+
+    def watch(self, model: nn.Module) -> None:
+        """Hook a module that every forward pass enters and leaves."""
+        model.register_forward_pre_hook(self.begin, with_kwargs=True)
+        model.register_forward_hook(self.end, always_call=True)
+
+    def begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Before it."""
+        self.learns = torch.is_grad_enabled()
+
+    def end(self, *_: object) -> None:
+        """After it, also when it failed."""
+        self.learns = True

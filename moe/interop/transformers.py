@@ -20,35 +20,26 @@ import re
 from functools import partial
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Model, DeepseekV3TopkRouter
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeModel, Glm4MoeTopkRouter
 
 from moe.config import BalanceSection
-from moe.interop.attached import Attached, ForeignRouter, Groups, Routed, training_forward
+from moe.interop.attached import Attached, ForeignRouter, Groups, Routed, WholePass, training_forward
 
 ROUTERS = (DeepseekV3TopkRouter, Glm4MoeTopkRouter)
 STACKS = (DeepseekV3Model, Glm4MoeModel)
 
 
-class _Pass:
-    """The forward pass of the whole model that the routers are in: its padding, and whether anything is learned from it."""
+class _Pass(WholePass):
+    token_mask_T: Tensor | None = None
 
-    def __init__(self) -> None:
-        self.token_mask_T: Tensor | None = None
-        self.learns = True
-
-    def begin(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        given = inspect.signature(stack.forward).bind_partial(*args, **kwargs).arguments
-        mask = given.get("attention_mask")
+    def begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        super().begin(model, args, kwargs)
+        mask = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
         flat = isinstance(mask, Tensor) and mask.dim() == 2
         self.token_mask_T = mask.flatten().bool() if flat and not bool(mask.all()) else None  # sync: only with a mask
-        self.learns = torch.is_grad_enabled()
-
-    def end(self, *_: object) -> None:
-        self.token_mask_T, self.learns = None, True
 
 
 def attach(model: nn.Module, section: BalanceSection | str, group: dist.ProcessGroup | None = None) -> Attached:
@@ -63,11 +54,12 @@ def attach(model: nn.Module, section: BalanceSection | str, group: dist.ProcessG
         raise ValueError(f"{type(model).__name__} has no router to balance: its layers must have one of {known}")
     gate = found[0][1]
     routers = [ForeignRouter(module, "e_score_correction_bias", _layer(name)) for name, module in found]
-    attached = Attached(routers, section, gate.num_experts, gate.top_k, Groups(gate.num_group, gate.topk_group), group)
+    groups = Groups(gate.num_group, gate.topk_group)
+    layers = [router.layer for router in routers]
+    attached = Attached(routers, section, gate.num_experts, gate.top_k, groups, layers, group)
     whole = _Pass()
     for stack in (module for module in model.modules() if isinstance(module, STACKS)):
-        stack.register_forward_pre_hook(partial(whole.begin), with_kwargs=True)
-        stack.register_forward_hook(whole.end, always_call=True)
+        whole.watch(stack)
     for router in routers:
         router.module.register_forward_pre_hook(lambda _module, _args, router=router: attached.restore(router))
         router.module.register_forward_hook(partial(_count, attached, router, whole))
