@@ -6,18 +6,19 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import moe
 from moe.config import Config
 from moe.model.experts import local_part
-from moe.model.transformer import Transformer
 from moe.observe import cost
 from moe.parallel import Ranks
 from moe.train.device import measured_peak_tflops
@@ -46,10 +47,11 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def weights_hash(model: Transformer, ranks: Ranks) -> str:
-    """A hash of all weights that does not depend on the layout of the ranks: comparisons are refused when it differs."""
+def weights_hash(weights: Mapping[str, Tensor], ranks: Ranks) -> str:
+    """A hash of all weights, whole or DTensors, that does not depend on the layout of the ranks: comparisons are refused
+    when it differs."""
     parts: dict[str, str] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in weights.items():
         local, (first, *_) = local_part(parameter)
         unit = 1 if ".experts." in name else 0  # whole experts can be hashed where they are
         if local.shape[unit:] != parameter.shape[unit:]:

@@ -67,7 +67,7 @@ class Run:
         o = config.observe
         scores = run_dir / "scores"
         self.recorder = ScoreRecorder(self.routers, config.model.top_k, o.record_from, o.record_scores, scores)
-        self.init_hash = weights_hash(self.engine.model, ranks)
+        self.init_hash = weights_hash(self.engine.weights(), ranks)
         self.watchdog = Watchdog(ranks, run_dir, config.train.timeout_s)
         self.saver = Saver(self.checkpoints, config.checkpoint, ranks, self.saved)
         self.progress = Progress()
@@ -162,7 +162,7 @@ class Run:
 
     def skip(self) -> StepResult:
         """Forget the gradients of a step whose loss stands out."""
-        self.engine.model.zero_grad()
+        self.engine.discard()
         self.progress.spikes += 1
         return StepResult(math.nan, False)
 

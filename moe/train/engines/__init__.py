@@ -45,12 +45,20 @@ class Engine(Protocol):
         """Clip, update, clear the gradients; skip the update when the gradient is not finite."""
         ...
 
+    def discard(self) -> None:
+        """Clear the gradients instead of a step; nothing else changes."""
+        ...
+
     def set_lr(self, lr: float) -> None:
         """Learning rate of the next step."""
         ...
 
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter by name: whole, or a DTensor. A collective."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
-        """Sharded model and optimizer state for torch.distributed.checkpoint."""
+        """Sharded model and optimizer state for torch.distributed.checkpoint, of the same names and shapes in every engine."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -60,6 +68,10 @@ class Engine(Protocol):
 
 def build_engine(config: Config, ranks: Ranks, eos_id: int) -> Engine:
     """The engine of `train.engine` with freshly initialised weights."""
+    if config.train.engine == "megatron":
+        from moe.train.engines.megatron_core import MegatronEngine
+
+        return MegatronEngine(config, ranks, eos_id)
     from moe.train.engines.native import NativeEngine
 
     return NativeEngine(config, ranks, eos_id)

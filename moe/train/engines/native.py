@@ -131,9 +131,15 @@ class NativeEngine:
         self.optimizer.zero_grad()
         return StepResult(norm, applied)
 
+    def discard(self) -> None:
+        self.model.zero_grad()
+
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+
+    def weights(self) -> dict[str, Tensor]:
+        return dict(self.model.named_parameters())
 
     def state_dict(self) -> dict[str, Any]:
         model = get_model_state_dict(

@@ -45,7 +45,7 @@ def train(engine: NativeEngine, ranks, steps: int, micro: int | None = None) -> 
 def one(rank, n, ep, data, folder):
     """One rank's share of everything that is asked of a layout."""
     engine, ranks = build(rank, n, ep, data)
-    found = {"hash": weights_hash(engine.model, ranks), "shards": shards(engine)}
+    found = {"hash": weights_hash(engine.weights(), ranks), "shards": shards(engine)}
     found["norms"] = train(engine, ranks, 2)
     found["saved"] = state_of(engine) if rank == 0 else len(state_of(engine))
     checkpoint.save(Path(folder) / f"{n}-{ep}-{data}", 2, engine.state_dict(), {}, ranks, 1)
