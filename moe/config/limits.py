@@ -153,7 +153,6 @@ def _check_megatron(config: Config, cuda: bool) -> None:
         f"{engine} needs the package megatron-core, which is not installed: pip install 'alf-moe[megatron]', or set "
         "train.engine to native",
     )
-    _require(cuda, f"{engine} needs a GPU, which Megatron-core asks for its device: set train.engine to native")
     _require(
         p.data == "replicate",
         f"parallel.data = {p.data!r} is how the native engine shards, and {engine} holds all on every rank: set "
@@ -182,6 +181,9 @@ def _check_megatron(config: Config, cuda: bool) -> None:
         b.method not in ASSIGNMENTS,
         f"balance.method = {b.method!r} assigns the batch itself, and {engine} routes by a bias alone: choose a rule, one of "
         f"{', '.join(RATES)}, or set train.engine to native",
+    )
+    _require(
+        cuda, f"{engine} needs a GPU, which Megatron-core asks for its device, and this run has none: set it to native"
     )
 
 

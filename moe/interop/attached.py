@@ -67,6 +67,26 @@ class ForeignRouter:
             setattr(self.module, self.bias, bias_E.to(self.expert_bias_E.device, copy=True))
 
 
+class WholePass:
+    """The forward pass of a whole model: whether anything is learned from it. Reentrant recomputation runs layers without
+    gradient, so that the routers themselves cannot tell."""
+
+    learns = True
+
+    def watch(self, model: nn.Module) -> None:
+        """Hook a module that every forward pass enters and leaves."""
+        model.register_forward_pre_hook(self.begin, with_kwargs=True)
+        model.register_forward_hook(self.end, always_call=True)
+
+    def begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Before it."""
+        self.learns = torch.is_grad_enabled()
+
+    def end(self, *_: object) -> None:
+        """After it, also when it failed."""
+        self.learns = True
+
+
 class Attached:
     """Moves the bias of a foreign model's routers. `attach` makes one; every rank of `group` calls `step` once per optimizer
     step.
@@ -103,8 +123,24 @@ class Attached:
             self.balancer.to(start_LE.device).state["bias"] = start_LE
             self._publish()
 
+    def watch(
+        self, router: ForeignRouter, whole: WholePass, read: Callable[[Any, tuple[Any, ...], Any], Routed]
+    ) -> None:
+        """Hook a router; read(module, args, output) says what one forward pass did."""
+
+        def before(_module: nn.Module, _args: tuple[Any, ...]) -> None:
+            router.restore(self.balancer.bias_LE[self.routers.index(router)])
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            # -1: not the recomputation in the backward pass.
+            if module.training and whole.learns and torch._C._current_graph_task_id() == -1:
+                self.count(router, read(module, args, output))
+
+        router.module.register_forward_pre_hook(before)
+        router.module.register_forward_hook(after)
+
     def count(self, router: ForeignRouter, routed: Routed) -> None:
-        """Add a micro-batch; called by the glue's hooks."""
+        """Add a micro-batch."""
         ids_TK, mask_T = routed.topk_ids_TK.detach(), routed.token_mask_T
         if mask_T is not None:
             ids_TK = ids_TK.masked_fill(~mask_T[:, None], -1)
@@ -166,13 +202,9 @@ class Attached:
             router.seen = None
         self._publish()
 
-    def restore(self, router: ForeignRouter) -> None:
-        """Called by the glue's hooks before a forward pass."""
-        router.restore(self.balancer.bias_LE[self.routers.index(router)])
-
     def _publish(self) -> None:
-        for router in self.routers:
-            self.restore(router)
+        for router, bias_E in zip(self.routers, self.balancer.bias_LE, strict=True):
+            router.restore(bias_E)
         self.balancer.publish(self.routers)
 
     def _nothing(self, router: ForeignRouter) -> RouterStats:
@@ -212,28 +244,3 @@ def checked(section: BalanceSection | str) -> BalanceSection:
         )
     check_rule(section)
     return section.model_copy(update={"rate": section.rate or RATES.get(section.method)})
-
-
-def training_forward(module: nn.Module) -> bool:
-    """Whether a hook that runs now sees a forward pass in training mode, not its recomputation in the backward pass."""
-    return module.training and torch._C._current_graph_task_id() == -1
-
-
-class WholePass:
-    """The forward pass of a whole model: whether anything is learned from it. Reentrant recomputation runs layers without
-    gradient, so that the routers themselves cannot tell."""
-
-    learns = True
-
-    def watch(self, model: nn.Module) -> None:
-        """Hook a module that every forward pass enters and leaves."""
-        model.register_forward_pre_hook(self.begin, with_kwargs=True)
-        model.register_forward_hook(self.end, always_call=True)
-
-    def begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Before it."""
-        self.learns = torch.is_grad_enabled()
-
-    def end(self, *_: object) -> None:
-        """After it, also when it failed."""
-        self.learns = True

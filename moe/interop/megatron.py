@@ -17,7 +17,7 @@ Written for megatron-core 0.16.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 from moe.config import BalanceSection, ConfigError
-from moe.interop.attached import Attached, ForeignRouter, Groups, Routed, WholePass, training_forward
+from moe.interop.attached import Attached, ForeignRouter, Groups, Routed, WholePass
 
 
 def attach(
@@ -42,15 +42,17 @@ def attach(
     chunks = [model] if isinstance(model, nn.Module) else list(model)
     config = get_model_config(chunks[0])
     _check(config)
-    modules = [module for chunk in chunks for module in chunk.modules() if isinstance(module, TopKRouter)]
+    modules: list[Any] = [module for chunk in chunks for module in chunk.modules() if isinstance(module, TopKRouter)]
     for module in modules:
         _own_bias(module)
     routers = [ForeignRouter(module, "expert_bias", module.layer_number - 1) for module in modules]
     groups = Groups(config.moe_router_num_groups or 1, config.moe_router_group_topk or 1)
     if group is None and modules:
         group = modules[0].tp_dp_cp_group
-    experts, top_k = config.num_moe_experts, config.moe_router_topk
-    attached = Attached(routers, section, experts, top_k, groups, _moe_layers(config), group)
+    assert config.num_moe_experts is not None, "checked above"
+    attached = Attached(
+        routers, section, config.num_moe_experts, config.moe_router_topk, groups, _moe_layers(config), group
+    )
     _check_groups(attached, config)
     for chunk in chunks:
         get_model_config(chunk).moe_router_enable_expert_bias = False
@@ -58,16 +60,11 @@ def attach(
     for gpt in (module for chunk in chunks for module in chunk.modules() if isinstance(module, GPTModel)):
         whole.watch(gpt)
     for router in routers:
-        router.module.register_forward_pre_hook(lambda _module, _args, router=router: attached.restore(router))
-        router.module.register_forward_hook(partial(_count, attached, router, whole))
+        attached.watch(router, whole, _read)
     return attached
 
 
-def _count(
-    attached: Attached, router: ForeignRouter, whole: WholePass, module: TopKRouter, args: tuple, out: tuple
-) -> None:
-    if not (training_forward(module) and whole.learns):
-        return
+def _read(module: TopKRouter, args: tuple[Any, ...], out: tuple[Tensor, Tensor]) -> Routed:
     hidden, padding_mask = args[0], args[1] if len(args) > 1 else None
     _, map_TE = out
     # The map is what the layer gets; in the order of the experts, and without a wait for the device.
@@ -78,11 +75,10 @@ def _count(
         return module.gating(hidden).flatten(0, -2).sigmoid()  # once more: one [T, D] x [D, E] product
 
     # True is padding, whatever the docstring of 0.16 says: the router counts where it is not.
-    mask_T = None if padding_mask is None else ~padding_mask.reshape(-1)
-    attached.count(router, Routed(topk_ids_TK, scores_TE, mask_T))
+    return Routed(topk_ids_TK, scores_TE, None if padding_mask is None else ~padding_mask.reshape(-1))
 
 
-def _own_bias(router: TopKRouter) -> None:
+def _own_bias(router: Any) -> None:
     """The bias is ours to move: Megatron neither counts for it nor updates it."""
     router.enable_expert_bias = router.config.moe_router_enable_expert_bias = False
     if router.expert_bias is None:

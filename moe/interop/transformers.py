@@ -17,16 +17,21 @@ from __future__ import annotations
 
 import inspect
 import re
-from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Model, DeepseekV3TopkRouter
-from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeModel, Glm4MoeTopkRouter
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (  # pyright: ignore[reportMissingImports]
+    DeepseekV3Model,
+    DeepseekV3TopkRouter,
+)
+from transformers.models.glm4_moe.modeling_glm4_moe import (  # pyright: ignore[reportMissingImports]
+    Glm4MoeModel,
+    Glm4MoeTopkRouter,
+)
 
 from moe.config import BalanceSection
-from moe.interop.attached import Attached, ForeignRouter, Groups, Routed, WholePass, training_forward
+from moe.interop.attached import Attached, ForeignRouter, Groups, Routed, WholePass
 
 ROUTERS = (DeepseekV3TopkRouter, Glm4MoeTopkRouter)
 STACKS = (DeepseekV3Model, Glm4MoeModel)
@@ -38,8 +43,9 @@ class _Pass(WholePass):
     def begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         super().begin(model, args, kwargs)
         mask = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
-        flat = isinstance(mask, Tensor) and mask.dim() == 2
-        self.token_mask_T = mask.flatten().bool() if flat and not bool(mask.all()) else None  # sync: only with a mask
+        self.token_mask_T = None
+        if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all()):  # sync: only with a mask
+            self.token_mask_T = mask.flatten().bool()
 
 
 def attach(model: nn.Module, section: BalanceSection | str, group: dist.ProcessGroup | None = None) -> Attached:
@@ -52,7 +58,7 @@ def attach(model: nn.Module, section: BalanceSection | str, group: dist.ProcessG
     if not found:
         known = ", ".join(kind.__name__ for kind in ROUTERS)
         raise ValueError(f"{type(model).__name__} has no router to balance: its layers must have one of {known}")
-    gate = found[0][1]
+    gate: Any = found[0][1]
     routers = [ForeignRouter(module, "e_score_correction_bias", _layer(name)) for name, module in found]
     groups = Groups(gate.num_group, gate.topk_group)
     layers = [router.layer for router in routers]
@@ -60,19 +66,14 @@ def attach(model: nn.Module, section: BalanceSection | str, group: dist.ProcessG
     whole = _Pass()
     for stack in (module for module in model.modules() if isinstance(module, STACKS)):
         whole.watch(stack)
+
+    def read(_module: nn.Module, _args: tuple[Any, ...], out: tuple[Tensor, Tensor, Tensor]) -> Routed:
+        logits_TE, _, topk_ids_TK = out
+        return Routed(topk_ids_TK, logits_TE.sigmoid, whole.token_mask_T)
+
     for router in routers:
-        router.module.register_forward_pre_hook(lambda _module, _args, router=router: attached.restore(router))
-        router.module.register_forward_hook(partial(_count, attached, router, whole))
+        attached.watch(router, whole, read)
     return attached
-
-
-def _count(
-    attached: Attached, router: ForeignRouter, whole: _Pass, module: nn.Module, _args: tuple, out: tuple
-) -> None:
-    if not (training_forward(module) and whole.learns):
-        return
-    logits_TE, _, topk_ids_TK = out
-    attached.count(router, Routed(topk_ids_TK, logits_TE.sigmoid, whole.token_mask_T))
 
 
 def _layer(name: str) -> int:

@@ -321,7 +321,7 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
 
 def block_spec(config: Config, theirs: TransformerConfig, use_te: bool, device: torch.device) -> Any:
     """Megatron's layers, with our router in the sparse ones."""
-    spec = get_gpt_decoder_block_spec(theirs, use_transformer_engine=use_te, normalization="RMSNorm")
+    spec: Any = get_gpt_decoder_block_spec(theirs, use_transformer_engine=use_te, normalization="RMSNorm")
     for layer in spec.layer_specs[config.model.first_k_dense :]:
         layer.submodules.mlp.submodules.router = partial(MegatronRouter, config, device)
     return spec
