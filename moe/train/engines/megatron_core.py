@@ -236,8 +236,8 @@ class MegatronRouter(nn.Module):
     def _route(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Tensor]:
         routing = self.router(x_TD, mask_T, None)
         losses = routing.losses
-        if torch._C._current_graph_task_id() == -1:  # not the recomputation in the backward pass
-            self.seen = routing.stats, RouterLosses(losses.aux.detach(), losses.z.detach(), None)
+        # Recomputation leaves it too, and nobody takes that.
+        self.seen = routing.stats, RouterLosses(losses.aux.detach(), losses.z.detach(), None)
         ids_TK = routing.topk_ids_TK.long()
         if routing.masked:
             # Megatron's dispatchers expect K experts of every token: padding goes round, with weight 0 and uncounted.
