@@ -97,10 +97,10 @@ def test_sign_is_megatrons_own_update_which_it_replaces(megatron):
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
     theirs, ours = (megatron.build(moe_router_enable_expert_bias=True) for _ in range(2))
-    attached = attach(ours, BalanceSection(method="sign", rate=1e-3, centre=False))
     wrapped = {}
     for model in (theirs, ours):
         wrapped[model] = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    attached = attach([wrapped[ours]], BalanceSection(method="sign", rate=1e-3, centre=False))
     for step in range(3):
         for model in (theirs, ours):
             megatron.forward(wrapped[model], ids(step)).backward()
@@ -163,13 +163,13 @@ def test_p11_padding_is_no_load(megatron):
 
 
 def test_p06_p27_bias_stays_float32_in_bfloat16_and_is_in_the_state_of_the_model(megatron):
-    model = megatron.build()
-    attached = attach(model, BalanceSection(method="sign", rate=1e-3, centre=False))
+    model = megatron.build(moe_router_enable_expert_bias=True)
     for router in megatron.routers(model):
         router.expert_bias += 0.7
     attached = attach(model, BalanceSection(method="sign", rate=1e-3, centre=False))  # goes on from the model's bias
     model.bfloat16()
     train(megatron, model, ids())
+    assert torch.equal(biases(megatron, model), torch.full((2, E), 0.7))  # what routed was not rounded
     attached.step()
     moved = biases(megatron, model)
     assert moved.dtype == torch.float32

@@ -167,13 +167,13 @@ def test_p11_padding_is_no_load(kind):
 
 def test_p06_p27_bias_stays_float32_and_survives_bfloat16_and_files(tmp_path):
     model = build()
-    attached = attach(model, BalanceSection(method="sign", rate=1e-3))
     with torch.no_grad():
         for gate in gates(model):
             gate.e_score_correction_bias += 0.7
     attached = attach(model, BalanceSection(method="sign", rate=1e-3, centre=False))  # goes on from the model's bias
     model.bfloat16()
     train(model, ids())
+    assert torch.equal(biases(model), torch.full((2, E), 0.7))  # what routed was not rounded
     attached.step()
     moved = biases(model)
     assert moved.dtype == torch.float32

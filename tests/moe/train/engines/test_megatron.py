@@ -149,6 +149,12 @@ def facts(rank: int, n: int, folder: str) -> dict[str, Any]:
     for mode in ("none", "selective", "full"):
         pair = Pair(config(n, "megatron", train__activation_checkpointing=mode), ranks)
         found[mode] = pair.step(1)
+    found["bfloat16"] = {}
+    for name in ("megatron", "native"):
+        pair = Pair(config(n, name, train__compute_dtype="bfloat16"), ranks)
+        # On CUDA Megatron's linear layers take autocast into their backward pass by themselves.
+        with torch.autocast("cpu", torch.bfloat16, enabled=name == "megatron"):
+            found["bfloat16"][name] = pair.step(0)
     found["methods"] = {}
     for method in RATES:
         settings = {"balance__method": method, "balance__rate": RATES[method], "balance__aux_loss": 0.0}
@@ -227,6 +233,17 @@ def test_p03_p23_recomputation_counts_once_and_keeps_the_losses_gradients(two):
         assert two[0][mode]["counts"] == two[0]["none"]["counts"]
         assert two[0][mode]["losses"] == two[0]["none"]["losses"]
         assert two[0][mode]["norm"] == pytest.approx(two[0]["none"]["norm"], rel=1e-6)
+
+
+@needs_megatron
+def test_bfloat16_is_in_the_products_and_not_in_the_router(two):
+    theirs, ours = (two[0]["bfloat16"][name] for name in ("megatron", "native"))
+    assert theirs["losses"] == pytest.approx(ours["losses"], rel=1e-3)  # 1e-4 seen
+    assert theirs["norm"] == pytest.approx(ours["norm"], rel=1e-2)  # 1e-3 seen
+    assert theirs["losses"] != pytest.approx(two[0]["megatron"]["steps"][0]["losses"], rel=1e-6)
+    # A float32 router chooses for almost every token as in float32.
+    differ = np.mean(np.array(theirs["ids"]) != np.array(two[0]["megatron"]["steps"][0]["ids"]))
+    assert differ < 0.05, differ
 
 
 def run_both(rank: int, n: int, folder: str) -> list[dict[str, float]]:
