@@ -80,7 +80,7 @@ def _read(module: TopKRouter, args: tuple[Any, ...], out: tuple[Tensor, Tensor])
 
 def _own_bias(router: Any) -> None:
     """The bias is ours to move: Megatron neither counts for it nor updates it."""
-    router.enable_expert_bias = router.config.moe_router_enable_expert_bias = False
+    router.enable_expert_bias = False
     if router.expert_bias is None:
         del router.expert_bias
         zeros_E = torch.zeros(router.num_experts, dtype=torch.float32, device=router.weight.device)

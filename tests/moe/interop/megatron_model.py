@@ -16,11 +16,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 VOCABULARY, SEQUENCE, EXPERTS, TOP_K = 64, 12, 8, 2
 
 
-def begin(**parallel):
-    """Once in a process: Megatron's groups and generators, without CUDA."""
+def patch():
+    """What Megatron asks CUDA for."""
     torch.cuda.current_device = lambda: torch.device("cpu")  # Megatron asks for it by name
     random._get_cuda_rng_state = lambda *_, **__: None  # saved around recomputation: the model draws nothing
     random._set_cuda_rng_state = lambda *_, **__: None
+
+
+def begin(**parallel):
+    """Once in a process: Megatron's groups and generators, without CUDA."""
+    patch()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(**parallel)
         random.initialize_rng_tracker(inference_rng_tracker=True)

@@ -1,5 +1,5 @@
 """The Megatron-core engine against the native one, on two ranks that share the experts. Each test named pNN excludes
-pitfall NN. On the CPU `tests.moe.interop.megatron_model.begin` gives Megatron the device it asks CUDA for."""
+pitfall NN. On the CPU `tests.moe.interop.megatron_model.patch` gives Megatron the device it asks CUDA for."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ needs_megatron = pytest.mark.skipif(
 STEPS = 4
 
 
-def config(n: int, engine: str, **settings: Any) -> Config:
+def config(n: int, engine: str, ep: int = 2, **settings: Any) -> Config:
     """The tiny configuration as on a GPU, in what a CPU can do: Megatron is refused without one."""
     tree = tiny_tree()
-    tree["parallel"] = {"ep": n}
+    tree["parallel"] = {"ep": ep}
     tree["train"] |= {"engine": engine, "compute_dtype": "float32", "kernels": "torch"}
     tree["balance"] |= {"aux_loss": 0.01, "aux_scope": "sequence", "z_loss": 1e-3}
     for path, value in settings.items():
@@ -109,9 +109,9 @@ def load(found: checkpoint.Found, pair: Pair) -> None:
 def facts(rank: int, n: int, folder: str) -> dict[str, Any]:
     """Everything that is asked, on one rank."""
     warnings.simplefilter("ignore")
-    from tests.moe.interop.megatron_model import begin
+    from tests.moe.interop.megatron_model import patch
 
-    begin(expert_model_parallel_size=n)
+    patch()
     ranks, found = build_ranks(rank, n, CPU, n), {}
     pairs = {name: Pair(config(n, name), ranks) for name in ("megatron", "native")}
     for name, pair in pairs.items():
@@ -165,7 +165,7 @@ def facts(rank: int, n: int, folder: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return run_ranks(facts, 2, str(tmp_path_factory.mktemp("megatron")))
+    return run_ranks(facts, 2, str(tmp_path_factory.mktemp("megatron")), timeout_s=600)
 
 
 @needs_megatron
@@ -246,12 +246,35 @@ def test_bfloat16_is_in_the_products_and_not_in_the_router(two):
     assert differ < 0.05, differ
 
 
+def two_steps(rank: int, n: int, ep: int) -> dict[str, Any]:
+    warnings.simplefilter("ignore")
+    from tests.moe.interop.megatron_model import patch
+
+    patch()  # the engine starts Megatron itself
+    ranks = build_ranks(rank, n, CPU, ep)
+    found = {}
+    for name in ("megatron", "native"):
+        pair = Pair(config(n, name, ep), ranks)
+        found[name] = [pair.step(0), pair.step(1)]
+    return found
+
+
+@needs_megatron
+@pytest.mark.parametrize(("n", "ep"), [(1, 1), (2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
+def test_p22_other_layouts_train_as_the_native_engine(n, ep):
+    for found in run_ranks(two_steps, n, ep, timeout_s=600):
+        for step, want in zip(found["megatron"], found["native"], strict=True):
+            assert step["losses"] == pytest.approx(want["losses"], rel=1e-5)
+            assert step["norm"] == pytest.approx(want["norm"], rel=1e-4)
+            assert step["counts"] == want["counts"] and step["bias"] == want["bias"]
+
+
 def run_both(rank: int, n: int, folder: str) -> list[dict[str, float]]:
     """Six steps at once, and three and three, through the loop with all that it does."""
     warnings.simplefilter("ignore")
-    from tests.moe.interop.megatron_model import begin
+    from tests.moe.interop.megatron_model import patch
 
-    begin(expert_model_parallel_size=n)
+    patch()
     ranks = build_ranks(rank, n, CPU, n)
     data = Path(folder) / "data"
     if rank == 0:
@@ -270,7 +293,7 @@ def run_both(rank: int, n: int, folder: str) -> list[dict[str, float]]:
 
 @needs_megatron
 def test_p07_a_run_through_the_loop_resumes_to_the_bit(tmp_path):
-    whole, parts = run_ranks(run_both, 2, str(tmp_path))[0]
+    whole, parts = run_ranks(run_both, 2, str(tmp_path), timeout_s=600)[0]
     losses = {name: {row["train/step"]: row.get("loss/ce") for row in rows if "loss/ce" in row} for name, rows in
               (("whole", whole), ("parts", parts))}  # fmt: skip
     assert losses["whole"] == losses["parts"] and len(losses["whole"]) == 6
