@@ -22,8 +22,11 @@ State = dict[str, Tensor]
 class HasExpertBias(Protocol):
     """A router, as far as a balancer knows it: expert_bias_E and, with phi_loss, ema_share_E are float32 buffers [E]."""
 
-    expert_bias_E: Tensor
-    ema_share_E: Tensor | None
+    @property
+    def expert_bias_E(self) -> Tensor: ...
+
+    @property
+    def ema_share_E(self) -> Tensor | None: ...
 
 
 class Balancer:

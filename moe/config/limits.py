@@ -22,6 +22,7 @@ def resolve(config: Config, world_size: int = 1, cuda: bool = False) -> Config:
     _check_balance(config)
     _check_assignment(config, world_size)
     _check_deepspeed(config, cuda)
+    _check_megatron(config, cuda)
     m, t, b, o = config.model, config.train, config.balance, config.observe
     in_theory = m.group_top_k >= m.num_groups and b.method not in ASSIGNMENTS
     return config.model_copy(
@@ -174,6 +175,50 @@ def _check_deepspeed(config: Config, cuda: bool) -> None:
         find_spec("deepspeed") is not None,
         "train.engine = 'deepspeed' needs the package deepspeed, which is not installed: pip install 'alf-moe[deepspeed]' "
         "(make setup installs it), or set train.engine to native",
+    )
+
+
+def _check_megatron(config: Config, cuda: bool) -> None:
+    m, p, t, b = config.model, config.parallel, config.train, config.balance
+    if t.engine != "megatron":
+        return
+    engine = "train.engine = 'megatron'"
+    _require(
+        find_spec("megatron") is not None,
+        f"{engine} needs the package megatron-core, which is not installed: pip install 'alf-moe[megatron]', or set "
+        "train.engine to native",
+    )
+    _require(
+        p.data == "replicate",
+        f"parallel.data = {p.data!r} is how the native engine shards, and {engine} holds all on every rank: set "
+        "parallel.data to replicate, or train.engine to native",
+    )
+    _require(
+        p.dispatch == "exact",
+        f"parallel.dispatch = {p.dispatch!r} is the native engine's, and {engine} has dispatchers of its own: set "
+        "parallel.dispatch to exact, or train.engine to native",
+    )
+    _require(
+        m.first_k_dense < m.num_layers,
+        f"model.first_k_dense = {m.first_k_dense} leaves no MoE layer among model.num_layers = {m.num_layers}, and {engine} "
+        "is for sparse models: lower model.first_k_dense, or set train.engine to native",
+    )
+    _require(
+        not config.data.document_mask,
+        f"data.document_mask = true has no counterpart in {engine}: set it to false, or train.engine to native",
+    )
+    _require(
+        not b.aux_loss or b.aux_scope != "global",
+        f"balance.aux_scope = 'global' needs the counts of all ranks before a backward pass, which {engine} does not wait "
+        "for: choose micro_batch or sequence, or set train.engine to native",
+    )
+    _require(
+        b.method not in ASSIGNMENTS,
+        f"balance.method = {b.method!r} assigns the batch itself, and {engine} routes by a bias alone: choose a rule, one of "
+        f"{', '.join(RATES)}, or set train.engine to native",
+    )
+    _require(
+        cuda, f"{engine} needs a GPU, which Megatron-core asks for its device, and this run has none: set it to native"
     )
 
 

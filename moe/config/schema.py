@@ -156,8 +156,8 @@ class TrainSection(Section):
     """Seconds without progress of a rank, after which the missing rank and all stacks are reported and the run ends."""
     profile: bool = False
     """Write a profiler trace (and on CUDA a memory snapshot) of steps 6 to 8 into the run folder."""
-    engine: Literal["native", "deepspeed"] = "native"
-    """What runs the model: torch alone, or DeepSpeed's ZeRO (its own section)."""
+    engine: Literal["native", "deepspeed", "megatron"] = "native"
+    """What runs the model: torch alone, DeepSpeed's ZeRO (its own section), or Megatron-core's layers and dispatchers (on GPUs)."""
 
 
 class DeepSpeedSection(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from moe.balance.losses import RouterLosses
 from moe.balance.stats import RouterStats, stack, zeros
-from moe.config import Config
+from moe.config import Config, ModelSection
 from moe.model.attention import Attention, Positions, positions
 from moe.model.experts import SwiGLU, local_part
 from moe.model.layer import MoELayer
@@ -135,27 +135,31 @@ class Transformer(nn.Module):
         keep = partial(create_selective_checkpoint_contexts, _keep_expensive)
         return checkpoint(block, *args, use_reentrant=False, context_fn=keep)
 
-    @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Normal weights of std `init_std`, norms 1, bias 0. Every parameter, and every expert of a stacked one, has a
-        generator of its own: the values depend neither on the layout of the ranks nor on the device."""
-        m = self.config.model
-        for name, parameter in self.named_parameters():
-            if "norm" in name:
-                parameter.fill_(1.0)
-                continue
-            residual = m.scale_residual_init and name.endswith(("wo.weight", "w2", "w2.weight"))
-            std = m.init_std / math.sqrt(2 * m.num_layers) if residual else m.init_std
-            local, first = local_part(parameter)
-            if ".experts." not in name:
-                _fill_normal(local, first, parameter.shape, std, f"{seed}/{name}")
-                continue
-            for index, expert in enumerate(local, start=first[0]):
-                _fill_normal(expert, first[1:], parameter.shape[1:], std, f"{seed}/{name}/{index}")
+        """`fill_weights`, and bias 0."""
+        fill_weights(self.named_parameters(), self.config.model, seed)
         for router in self.routers.values():
             router.expert_bias_E.zero_()
             if router.ema_share_E is not None:
-                router.ema_share_E.fill_(1 / m.num_experts)
+                router.ema_share_E.fill_(1 / self.config.model.num_experts)
+
+
+@torch.no_grad()
+def fill_weights(named: Iterable[tuple[str, Tensor]], m: ModelSection, seed: int) -> None:
+    """Normal weights of std `init_std`, norms 1, in place. Every parameter, and every expert of a stacked one, has a
+    generator of its own: the values depend on the name, neither on the layout of the ranks nor on the device."""
+    for name, parameter in named:
+        if "norm" in name:
+            parameter.fill_(1.0)
+            continue
+        residual = m.scale_residual_init and name.endswith(("wo.weight", "w2", "w2.weight"))
+        std = m.init_std / math.sqrt(2 * m.num_layers) if residual else m.init_std
+        local, first = local_part(parameter)
+        if ".experts." not in name:
+            _fill_normal(local, first, parameter.shape, std, f"{seed}/{name}")
+            continue
+        for index, expert in enumerate(local, start=first[0]):
+            _fill_normal(expert, first[1:], parameter.shape[1:], std, f"{seed}/{name}/{index}")
 
 
 def _fill_normal(part: Tensor, first: Sequence[int], shape: torch.Size, std: float, key: str) -> None:

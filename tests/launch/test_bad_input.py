@@ -135,6 +135,22 @@ CONFIGURATION = [
         "no GPU",
         "set it to false",
     ),
+    ("--train.engine megatron", "train.engine = 'megatron'", "needs a GPU", "set it to native"),
+    ("--train.engine megatron --parallel.data shard", "parallel.data = 'shard'", "set parallel.data to replicate"),
+    ("--train.engine megatron --parallel.dispatch padded", "parallel.dispatch = 'padded'", "exact"),
+    ("--train.engine megatron --data.document_mask true", "data.document_mask = true", "set it to false"),
+    (
+        "--train.engine megatron --model.first_k_dense 4 --balance.method none",
+        "model.first_k_dense = 4",
+        "no MoE layer",
+        "sparse models",
+    ),
+    (
+        "--train.engine megatron --balance.aux_loss 0.1 --balance.aux_scope global",
+        "balance.aux_scope = 'global'",
+        "micro_batch or sequence",
+    ),
+    ("--train.engine megatron --balance.method hash", "balance.method = 'hash'", "coordinate"),
     ("--trian.steps 5", "trian", "did you mean train?"),
     ("--data.mix 3", "data.mix = 3", "section"),
     ("--data.mix.wiki 0", "data.mix.wiki = 0", "> 0"),
@@ -166,6 +182,18 @@ def test_an_engine_that_is_not_installed_names_the_package_to_install(data, tmp_
     words += ["--train.engine", "deepspeed", "--deepspeed.zero_stage", "2"]
     done = subprocess.run([sys.executable, "-c", without, *words], capture_output=True, text=True, timeout=120)
     refused(done, 2, "train.engine = 'deepspeed'", "pip install 'alf-moe[deepspeed]'")
+
+
+@pytest.mark.parametrize(("engine", "package"), [("megatron", "megatron")])
+def test_missing_extra_is_one_sentence_and_exit_2(engine, package, data, tmp_path):
+    hidden = (
+        "import sys, importlib.util as u; real = u.find_spec; "
+        f"u.find_spec = lambda name, *rest: None if name == {package!r} else real(name, *rest); "
+        "from launch.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = ["train", *TINY, "--data.path", str(data), "--run.folder", str(tmp_path / "runs"), "--train.engine", engine]
+    done = subprocess.run([sys.executable, "-c", hidden, *words], capture_output=True, text=True, timeout=120)
+    refused(done, 2, f"train.engine = '{engine}'", f"pip install 'alf-moe[{engine}]'")
     assert not (tmp_path / "runs").exists()
 
 

@@ -84,6 +84,10 @@ def build_engine(config: Config, ranks: Ranks, eos_id: int) -> Engine:
         from moe.train.engines.deepspeed_zero import DeepSpeedEngine
 
         return DeepSpeedEngine(config, ranks, eos_id)
+    if config.train.engine == "megatron":
+        from moe.train.engines.megatron_core import MegatronEngine
+
+        return MegatronEngine(config, ranks, eos_id)
     from moe.train.engines.native import NativeEngine
 
     return NativeEngine(config, ranks, eos_id)
