@@ -26,11 +26,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moe.train import manifest
-from moe.train.contents import read_tensors, same_bits, verify_all
-from tests.corpus import make_token_folder
-
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # run as a file: tests are not installed
+
+from moe.train import manifest  # noqa: E402
+from moe.train.contents import read_tensors, same_bits, verify_all  # noqa: E402
+from tests.corpus import make_token_folder  # noqa: E402
+
 SETTINGS = """
 --model.dim 32 --model.num_layers 3 --model.first_k_dense 1 --model.num_heads 4 --model.num_kv_heads 2 --model.head_dim 8
 --model.num_experts 8 --model.top_k 2 --model.expert_hidden_dim 16 --model.dense_hidden_dim 32 --model.vocab_size 128
