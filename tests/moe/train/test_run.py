@@ -255,6 +255,23 @@ def test_guard_stops_with_code_4_and_finite_weights(tmp_path):
     assert all(torch.isfinite(p).all() for p in run.engine.model.parameters())
 
 
+def test_p26_a_run_passes_over_a_checkpoint_whose_experts_are_exchanged(tmp_path, capsys):
+    data = make_token_folder(tmp_path / "data")
+    train(config(data), ALONE, tmp_path / "run", False)
+    run = Run(config(data), ALONE, tmp_path / "run", True)
+    assert run.progress.step == 6
+    file = tmp_path / "run" / "checkpoints" / "step-00000006" / "MANIFEST.json"
+    manifest = json.loads(file.read_text())
+    row = next(iter(manifest["census"].values()))
+    row[0], row[1] = row[1], row[0]  # as if their shards had been: every file still has the hash that is written there
+    file.write_text(json.dumps(manifest))
+    capsys.readouterr()
+    restore(run)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert run.progress.step == 3 and len(lines) == 1
+    assert "step-00000006 is refused" in lines[0] and "2 differ from the census" in lines[0]
+
+
 def test_p44_damaged_checkpoint_is_passed_over_and_foreign_settings_are_refused(tmp_path, capsys):
     data = make_token_folder(tmp_path / "data")
     train(config(data), ALONE, tmp_path / "run", False)
