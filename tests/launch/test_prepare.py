@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import gzip
 import hashlib
+import io
 import json
 import os
 import random
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -282,7 +285,7 @@ def test_the_command_imports_no_torch(tmp_path, corpus):
 # -- fetched ---------------------------------------------------------------------------------------------------------
 
 GOOD = b"the right bytes"
-PACKAGE = corpora.Package("some-text==1.0", (), "some_text-1.0.tar.gz", hashlib.sha256(GOOD).hexdigest())
+PACKAGE = corpora.Package((*corpora.PIP, "some-text==1.0"), "some_text-1.0.tar.gz", hashlib.sha256(GOOD).hexdigest())
 
 
 class Index:
@@ -298,7 +301,7 @@ class Index:
             return subprocess.CompletedProcess(
                 arguments, 1, "", "WARNING: slow\nERROR: No matching distribution found\n"
             )
-        (Path(arguments[-1]) / PACKAGE.file).write_bytes(answer)
+        (Path(more["cwd"]) / PACKAGE.file).write_bytes(answer)
         return subprocess.CompletedProcess(arguments, 0, "", "")
 
 
@@ -329,6 +332,65 @@ def test_no_network_names_the_failed_command(tmp_path, capsys, monkeypatch):
     assert "pip download -q --no-deps --no-binary mingru-pytorch mingru-pytorch==0.2.1" in said
     assert "No matching distribution found" in said and corpora.WIKI.file in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_tool_is_named_with_the_way_out(tmp_path):
+    package = corpora.C._replace(command=("no-such-npm", "pack", "better-sqlite3@11.10.0"))
+    with pytest.raises(
+        corpora.PrepareError, match=r"no-such-npm is not installed\): install it, put better-sqlite3-11"
+    ):
+        corpora.fetch(package, tmp_path)
+
+
+def debian_package(files):
+    """An `ar` archive as dpkg-deb writes it: every member padded to two bytes."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:xz") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    members = [("debian-binary", b"2.0\n"), ("control.tar.xz", b"odd"), ("data.tar.xz", content.getvalue())]
+    out = b"!<arch>\n"
+    for name, data in members:
+        out += f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n".encode() + data + b"\n" * (len(data) % 2)
+    return out
+
+
+def packed(files):
+    """A .tgz as npm writes it."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return content.getvalue()
+
+
+def test_the_domains_read_their_packages(tmp_path, monkeypatch):
+    entries = "\n\n".join(f"word {i}\n   the meaning of word {i}" + " and more" * 50 for i in range(40))
+    archives = {
+        "SPEECH": packed(
+            {
+                "package/sotu/data/1791_b.txt": b"second",
+                "package/sotu/data/1790_a.txt": b"first",
+                "package/sotu/x.js": b"",
+            }
+        ),
+        "C": packed({"package/deps/sqlite3/sqlite3.c": b"int a;\n\nint b;\n"}),
+        "DICTIONARY": debian_package({"./usr/share/dictd/gcide.dict.dz": gzip.compress(entries.encode())}),
+        "MATH": debian_package({"./usr/share/metamath/databases/set.mm": b"$( a $)\n\n$( b $)"}),
+    }
+    for name, data in archives.items():
+        package = getattr(corpora, name)._replace(sha256=hashlib.sha256(data).hexdigest())
+        (tmp_path / package.file).write_bytes(data)
+        monkeypatch.setattr(corpora, name, package)
+    read = {name: list(corpora.documents(name, None, tmp_path)) for name in ("speech", "c", "dictionary", "math")}
+    assert read["speech"] == ["first", "second"]
+    assert read["c"] == ["int a;\n\nint b;\n"] and read["math"] == ["$( a $)\n\n$( b $)"]
+    assert len(read["dictionary"]) == 3 and "\n\n".join(read["dictionary"]) == entries
+    assert all(len(piece) >= 8000 for piece in read["dictionary"][:-1])
 
 
 def page(title, text):
