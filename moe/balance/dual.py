@@ -209,19 +209,23 @@ class DualSolution(NamedTuple):
 
 
 @torch.no_grad()
-def solve_dual(scores: Tensor, top_k: int, tol: float = 1e-6) -> DualSolution:
+def solve_dual(scores: Tensor, top_k: int, tol: float = 1e-6, start: Tensor | None = None) -> DualSolution:
     """min_b G(b) of one batch, with a proof: gap <= tol max(1, |value|), unless that is below the rounding of float64.
 
     value and gap are in score units, summed over tokens. The leading dimensions of scores [..., T, E] are independent
     problems, solved in turn. An interior-point method on the linear program: its primal iterate is a balanced (fractional)
     assignment, whose score is the lower bound. Of many tokens only those whose choice is in doubt take part. Derivation
-    in docs/theory.md. Raises ValueError unless 1 <= K < E, tol > 0 and all scores are finite.
+    in docs/theory.md. start [..., E]: a bias believed to be good, which saves time when it is and costs little when not.
+    Raises ValueError unless 1 <= K < E, tol > 0, all scores are finite and start has the shape of a bias.
     """
     if not tol > 0:
         raise ValueError(f"tol = {tol} is not positive: choose a relative accuracy such as 1e-6")
     lead = scores.shape[:-2]
+    if start is not None and start.shape != (*lead, scores.shape[-1]):
+        raise ValueError(f"start has shape {list(start.shape)}: give one bias per expert, {[*lead, scores.shape[-1]]}")
     layers = scores.double().reshape(math.prod(lead), *scores.shape[-2:])
-    solved = [_solve_layer(scores_TE, top_k, tol) for scores_TE in layers]
+    starts = [None] * len(layers) if start is None else start.double().reshape(len(layers), -1)
+    solved = [_solve_layer(scores_TE, top_k, tol, start_E) for scores_TE, start_E in zip(layers, starts, strict=True)]
     return DualSolution(*(torch.stack(field).reshape(lead + field[0].shape) for field in zip(*solved, strict=True)))
 
 
@@ -229,24 +233,31 @@ _POOL = 4096  # tokens of the first interior-point solution; all of them up to f
 _MAX_STEPS = 200  # saturated softmax scores take 100, others 10 to 30
 
 
-def _solve_layer(scores_TE: Tensor, top_k: int, tol: float) -> DualSolution:
+def _solve_layer(scores_TE: Tensor, top_k: int, tol: float, start_E: Tensor | None = None) -> DualSolution:
     tokens, num_experts = scores_TE.shape
-    point = _look(scores_TE, scores_TE.new_zeros(num_experts), top_k)
+    if start_E is not None and not bool(start_E.isfinite().all()):
+        start_E = None
+    first_E = scores_TE.new_zeros(num_experts) if start_E is None else start_E - start_E.mean()
+    point = _look(scores_TE, first_E, top_k)
     # Not the value alone: a score of -inf outside the top K leaves that finite.
     if not bool(scores_TE.isfinite().all()):
         raise ValueError("the scores hold NaN or infinity: give finite ones")
     if tokens == 0:
         zero = scores_TE.new_zeros(())
-        return DualSolution(point.bias_E, zero, zero, zero.long())
+        return DualSolution(torch.zeros_like(point.bias_E), zero, zero, zero.long())
     pool, iterations = tokens, 0
-    if tokens > 4 * _POOL:
+    if start_E is not None:
+        point, iterations = _newton(scores_TE, point, top_k)
+        # In doubt are the tokens that still have to move and those that the way of the last ones leads through.
+        pool = min(tokens, 4 * int(point.excess_E.abs().sum()) + 8 * num_experts)
+    if pool > 4 * _POOL:
         pool = _POOL
         sample_PE = scores_TE[:: tokens // _POOL]
         load_E = torch.full_like(point.bias_E, len(sample_PE) * top_k / num_experts)
         # Far more exact than the sample: its optimum is about sqrt(E / P) of a score's spread off.
         rough = _interior_point(sample_PE, load_E, top_k, 1e-5 * float(sample_PE.abs().sum()))
-        point, iterations = _newton(scores_TE, _look(scores_TE, rough.bias_E, top_k), top_k)
-        iterations += rough.steps
+        point, steps = _newton(scores_TE, _look(scores_TE, rough.bias_E, top_k), top_k)
+        iterations += rough.steps + steps
     lower, last_gap = -math.inf, math.inf
     while True:
         bias_E, found, steps = _solve_pool(scores_TE, point, top_k, pool, tol)

@@ -279,8 +279,8 @@ class ObserveSection(Section):
     """W&B group of runs that belong together, such as the seeds and methods of a comparison; the job type is
     balance.method."""
     regret_every: NonNegative = 100
-    """Steps between measurements of the regret; 0: never. Always 0 for group-limited routing and assignment baselines, for
-    which the theory does not hold."""
+    """Steps between measurements of the regret, at which large layers take turns; 0: never. Always 0 for group-limited
+    routing and assignment baselines, for which the theory does not hold."""
     regret_tokens: Positive = 2048
     """Tokens of one measurement, over all ranks; at least one sequence a rank."""
     regret_reservoir: Positive = 4096

@@ -7,7 +7,7 @@
 Every `observe.regret_every` steps the scores of the coming batch are read by a forward pass of its own, without gradient
 and before anything is updated: training does not see it. The hindsight bias is that of a reservoir, a uniform sample of
 all tokens probed so far, each kept with what it got from the bias of its time: with room for every token static regret is
-exact.
+exact. What a rank does at a probe is bounded: many large layers are measured in turn, each keeps its last values.
 Letters: L MoE layers, T tokens of a probe, E experts, K experts per token, R tokens of the reservoir, P probes.
 """
 
@@ -33,6 +33,8 @@ from moe.config import BalanceSection
 from moe.parallel import Ranks
 
 NO_BOUND = "no bound covers this rule"
+REGRET_FORMAT = 2  # of the state in checkpoints: another one is not read
+SCORES_PER_PROBE = 2**17  # a rank's dual problems at a probe: four layers of 16 experts in three probes, or one of 64
 
 
 class Bound(NamedTuple):
@@ -74,6 +76,22 @@ def hindsight_gap(tokens: int, num_experts: int, top_k: int, mu: float) -> float
     return tokens * top_k * (num_experts - top_k) / (2 * num_experts * mu) if mu > 0 else float("inf")
 
 
+def layers_of_probe(probe: int, layers: int, scores_per_layer: int, world_size: int) -> range:
+    """Of the endless row of layers 0 ... L - 1, 0 ... L - 1, ... those that probe number `probe` measures: at most all, and
+    on average so many that a rank solves dual problems of SCORES_PER_PROBE scores. scores_per_layer: (T + R) E."""
+    rate = SCORES_PER_PROBE * world_size
+    if rate >= layers * scores_per_layer:
+        return range(probe * layers, (probe + 1) * layers)
+    return range(-(-probe * rate // scores_per_layer), -(-(probe + 1) * rate // scores_per_layer))
+
+
+def keys_of_probe(seed: int, probe: int, tokens: int) -> Tensor:
+    """Uniform random keys [T] float64 of the tokens of a probe, the same on every rank and after a resume."""
+    digest = hashlib.sha256(f"{seed}/{probe}".encode()).digest()
+    rng = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.rand(tokens, generator=rng, dtype=torch.float64)
+
+
 def curvature(scores_TE: Tensor, bias_E: Tensor, top_k: int) -> float:
     """mu, tokens per score unit: the second-smallest eigenvalue of the boundary Laplacian, window: the lower quartile of the
     margins; 0 when that is 0 (ties)."""
@@ -94,7 +112,7 @@ def balance_tax(scores: Tensor, bias: Tensor, top_k: int) -> Tensor:
 
 class RegretMeter:
     """Takes the probes of a run in. Every rank is given the scores of all ranks and holds the same state, on the CPU; the
-    dual problems are shared out by layer.
+    dual problems are shared out by layer and solved on the device of the rank.
 
     layers: global indices, as in LoadTracker. tokens_per_step: T of a training step, for the bounds. reservoir: R.
     probe_tokens: tokens of one probe, over all ranks.
@@ -119,9 +137,10 @@ class RegretMeter:
         self.state: dict[str, Tensor] = {
             "probes": torch.zeros((), dtype=torch.int64),
             "steps": torch.zeros((), dtype=torch.int64),
-            "dynamic_L": torch.zeros(count, dtype=torch.float64),  # sums over probes
-            "tax_L": torch.zeros(count, dtype=torch.float64),
-            "mu_L": torch.zeros(count, dtype=torch.float64),
+            "probes_L": torch.zeros(count, dtype=torch.int64),  # that measured the layer
+            "last_4L": torch.zeros(4, count, dtype=torch.float64),  # dynamic, balance tax, mu, static
+            "sums_3L": torch.zeros(3, count, dtype=torch.float64),  # of the first three
+            "best_LE": torch.zeros(count, num_experts, dtype=torch.float64),  # the hindsight bias
             "square_L": torch.zeros(count, dtype=torch.float64),  # max |A - L|^2 over steps, tokens squared
             "keys_R": torch.full((reservoir,), torch.inf, dtype=torch.float64),
             "scores_LRE": torch.zeros(count, reservoir, num_experts),
@@ -129,7 +148,7 @@ class RegretMeter:
             "biases_PLE": torch.zeros(self.MAX_BIASES, count, num_experts),
             "bias_every": torch.ones((), dtype=torch.int64),
         }
-        self._last: dict[str, Tensor] = {}
+        self._fresh = False
 
     def count(self, tokens_per_expert_LE: Tensor) -> None:
         """Take the load of an applied step in: the size of the gradient, |A - L|. It stays on the device of the counts."""
@@ -144,42 +163,49 @@ class RegretMeter:
         step. bias_LE: the bias that will route them."""
         if not bool(scores_LTE.isfinite().all()):
             return  # the step that these tokens belong to will be skipped; the scores are the same on all ranks
-        s, top_k = self.state, self.top_k
-        scores_LTE, bias_LE = scores_LTE.cpu(), bias_LE.cpu()
-        tokens = scores_LTE.shape[1]
-        self._keep(scores_LTE, bias_LE)
-        filled = int(s["keys_R"].isfinite().sum())
-        own = torch.zeros(4, len(self.layers), dtype=torch.float64)
-        best_LE = torch.zeros(len(self.layers), self.num_experts, dtype=torch.float64)
-        for layer in range(ranks.rank, len(self.layers), ranks.world_size):
-            scores_TE, bias_E = scores_LTE[layer], bias_LE[layer]
-            regret = dual_value(scores_TE, bias_E, top_k) - solve_dual(scores_TE, top_k).value
-            own[0, layer] = regret.clamp_min(0) / tokens  # rounding can leave it just below
-            own[1, layer] = balance_tax(scores_TE, bias_E, top_k)
-            own[2, layer] = curvature(scores_TE, bias_E, top_k) / tokens
-            best = solve_dual(s["scores_LRE"][layer, :filled], top_k)
-            own[3, layer] = s["gained_LR"][layer, :filled].mean() - best.value / filled
-            best_LE[layer] = best.bias
-        device = ranks.device
-        own, best_LE = ranks.sum(own.to(device)).cpu(), ranks.sum(best_LE.to(device)).cpu()
+        s, layers, probe = self.state, len(self.layers), int(self.state["probes"])
+        self._keep(scores_LTE.cpu(), bias_LE.cpu())
+        scores_per_layer = (scores_LTE.shape[1] + s["scores_LRE"].shape[1]) * self.num_experts
+        turn = [n % layers for n in layers_of_probe(probe, layers, scores_per_layer, ranks.world_size)]
+        found = torch.zeros(layers, 4 + self.num_experts, dtype=torch.float64, device=ranks.device)
+        for layer in turn[ranks.rank :: ranks.world_size]:
+            found[layer] = self._measure(layer, scores_LTE[layer].to(ranks.device), bias_LE[layer].to(ranks.device))
+        found = ranks.sum(found).cpu()
         s["probes"] += 1
-        for row, name in enumerate(("dynamic_L", "tax_L", "mu_L")):
-            s[name] += own[row]
-        self._last = {"dynamic": own[0], "tax": own[1], "mu": own[2], "static": own[3], "best_LE": best_LE}
+        s["probes_L"][turn] += 1
+        s["last_4L"][:, turn] = found[turn, :4].T
+        s["sums_3L"][:, turn] += found[turn, :3].T
+        s["best_LE"][turn] = found[turn, 4:]
+        self._fresh = self._fresh or bool(turn)
+
+    def _measure(self, layer: int, scores_TE: Tensor, bias_E: Tensor) -> Tensor:
+        """[4 + E] float64: dynamic regret, balance tax, mu and static regret, per token, and the hindsight bias."""
+        s, top_k, tokens = self.state, self.top_k, len(scores_TE)
+        filled = int(s["keys_R"].isfinite().sum())
+        kept_RE = s["scores_LRE"][layer, :filled].to(scores_TE.device)
+        now = solve_dual(scores_TE, top_k, start=bias_E)
+        start = s["best_LE"][layer] if int(s["probes_L"][layer]) else now.bias
+        best = solve_dual(kept_RE, top_k, start=start.to(scores_TE.device))
+        dynamic = (dual_value(scores_TE, bias_E, top_k) - now.value).clamp_min(0) / tokens  # rounding: just below 0
+        static = s["gained_LR"][layer, :filled].mean() - float(best.value) / filled
+        mu = curvature(scores_TE, bias_E, top_k) / tokens
+        values = scores_TE.new_tensor([dynamic, balance_tax(scores_TE, bias_E, top_k), mu, static], dtype=torch.float64)
+        return torch.cat([values, best.bias])
 
     def _keep(self, scores_LTE: Tensor, bias_LE: Tensor) -> None:
         s, probe = self.state, int(self.state["probes"])
         # A token stays when its random key is among the R smallest of all: a uniform sample of everything seen.
-        key = hashlib.sha256(f"{self.seed}/{probe}".encode()).digest()
-        rng = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
-        keys_T = torch.rand(scores_LTE.shape[1], generator=rng, dtype=torch.float64)
-        places = (scores_LTE.double() + bias_LE.double()[:, None]).topk(self.top_k, dim=-1).values.sum(-1)
-        gained_LT = places - self.top_k / self.num_experts * bias_LE.double().sum(-1, keepdim=True)
-        keys = torch.cat([s["keys_R"], keys_T])
-        kept = keys.topk(len(s["keys_R"]), largest=False, sorted=True).indices
-        s["keys_R"] = keys[kept]
-        s["scores_LRE"] = torch.cat([s["scores_LRE"], scores_LTE.float()], dim=1)[:, kept]
-        s["gained_LR"] = torch.cat([s["gained_LR"], gained_LT], dim=1)[:, kept]
+        keys_T = keys_of_probe(self.seed, probe, scores_LTE.shape[1])
+        room = len(s["keys_R"])
+        kept = torch.cat([s["keys_R"], keys_T]).topk(room, largest=False).indices
+        come = (kept[kept >= room] - room).sort().values
+        stays = torch.zeros(room, dtype=torch.bool).index_fill_(0, kept[kept < room], True) & s["keys_R"].isfinite()
+        place = (~stays).nonzero()[: len(come), 0]  # the first free ones: what is filled stays in front
+        chosen_LCE = scores_LTE[:, come]
+        top_LC = (chosen_LCE.double() + bias_LE.double()[:, None]).topk(self.top_k, dim=-1).values.sum(-1)
+        s["keys_R"][place] = keys_T[come]
+        s["scores_LRE"][:, place] = chosen_LCE.float()
+        s["gained_LR"][:, place] = top_LC - self.top_k / self.num_experts * bias_LE.double().sum(-1, keepdim=True)
         # Every so many biases, so that the list stays short: D is their largest distance from the comparator.
         if probe // int(s["bias_every"]) >= self.MAX_BIASES:
             s["biases_PLE"][: self.MAX_BIASES // 2] = s["biases_PLE"][::2].clone()
@@ -188,48 +214,53 @@ class RegretMeter:
             s["biases_PLE"][probe // int(s["bias_every"])] = bias_LE
 
     def metrics(self) -> dict[str, float]:
-        """Values of the last probe and means over all of them; empty before the first one and when they were returned."""
-        last, self._last = self._last, {}
-        if not last or not self.layers:
+        """Each layer's last values, their means over its probes; empty when nothing was measured since the last call."""
+        fresh, self._fresh = self._fresh, False
+        s = self.state
+        seen = s["probes_L"].nonzero()[:, 0].tolist()
+        if not fresh or not seen:
             return {}
-        probes, steps = int(self.state["probes"]), max(1, int(self.state["steps"]))
-        out = self._one("dynamic", last["dynamic"]) | self._one("dynamic_mean", self.state["dynamic_L"] / probes)
-        out |= self._one("static", last["static"]) | self._one("balance_tax", last["tax"])
-        out |= self._one("static_sum", last["static"] * steps) | self._one("mu", self.state["mu_L"] / probes)
-        out["regret/probes"] = float(probes)
-        bounds = [self.bound(index, last["best_LE"]) for index in range(len(self.layers))]
-        values = [bound.value for bound in bounds if bound.value is not None and math.isfinite(bound.value)]
-        covered = len(values) == len(bounds)
+        dynamic, tax, _, static = s["last_4L"]
+        means_3L = s["sums_3L"] / s["probes_L"]
+        out = self._one("dynamic", dynamic, seen) | self._one("dynamic_mean", means_3L[0], seen)
+        out |= self._one("static", static, seen) | self._one("balance_tax", tax, seen)
+        out |= self._one("static_sum", static * max(1, int(s["steps"])), seen) | self._one("mu", means_3L[2], seen)
+        out["regret/probes"] = float(s["probes"])
+        bounds = {index: self.bound(index).value for index in seen}
+        covered = all(value is not None and math.isfinite(value) for value in bounds.values())
         if covered:
-            out |= self._one("bound", torch.tensor(values, dtype=torch.float64))
+            bound_L = torch.tensor([bounds.get(index, math.nan) for index in range(len(self.layers))])
+            out |= self._one("bound", bound_L.double(), seen)
         return out | {"regret/bound_covers": float(covered)}
 
-    def bound(self, index: int, best_LE: Tensor) -> Bound:
+    def bound(self, index: int) -> Bound:
         """Of layer number `index`, per token and summed over the steps, as `static_sum`. Added is by how much a minimum over
         the reservoir's tokens is expected to lie below the minimiser of the mean, once for every step."""
         if self.layers[index] in self.section.frozen_layers:
             return Bound(None, NO_BOUND)
         s, T = self.state, self.tokens_per_step
-        steps, probes = max(1, int(s["steps"])), int(s["probes"])
-        mu = float(s["mu_L"][index]) / probes * T
-        stored = (probes - 1) // int(s["bias_every"]) + 1
-        distances = (s["biases_PLE"][:stored, index].double() - best_LE[index]).norm(dim=-1)
+        steps = max(1, int(s["steps"]))
+        mu = float(s["sums_3L"][2, index] / s["probes_L"][index]) * T
+        stored = (int(s["probes"]) - 1) // int(s["bias_every"]) + 1
+        distances = (s["biases_PLE"][:stored, index].double() - s["best_LE"][index]).norm(dim=-1)
         load, gradient = self.top_k * T / self.num_experts, float(s["square_L"][index]) ** 0.5
         found = regret_bound(self.section, load, steps, gradient, mu, float(distances[0]), float(distances.max()))
         if found.value is None:
             return found
         kept = int(s["keys_R"].isfinite().sum())
-        gap = (
-            hindsight_gap(T, self.num_experts, self.top_k, mu) / kept
-        )  # per token: the sum's is the same for any number
+        # Per token: the sum's is the same for any number.
+        gap = hindsight_gap(T, self.num_experts, self.top_k, mu) / kept
         return found._replace(value=found.value / T + steps * gap)
 
-    def _one(self, name: str, value_L: Tensor) -> dict[str, float]:
+    def _one(self, name: str, value_L: Tensor, seen: list[int]) -> dict[str, float]:
         digits = max(2, len(str(self.layers[-1])))
-        layers = zip(self.layers, value_L.tolist(), strict=True)
-        out = {f"regret/{name}/max": float(value_L.max()), f"regret/{name}/mean": float(value_L.mean())}
+        values = value_L[seen].tolist()
+        out = {f"regret/{name}/max": max(values), f"regret/{name}/mean": sum(values) / len(values)}
         if name in ("dynamic", "static"):
-            out |= {f"regret/{name}/layer_{layer:0{digits}d}": value for layer, value in layers}
+            layers = [self.layers[index] for index in seen]
+            out |= {
+                f"regret/{name}/layer_{layer:0{digits}d}": value for layer, value in zip(layers, values, strict=True)
+            }
         return out
 
     def state_dict(self) -> dict[str, Tensor]:

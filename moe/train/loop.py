@@ -19,7 +19,7 @@ from moe.config import Config, to_toml
 from moe.model.loss import IGNORED
 from moe.observe import cost, load
 from moe.observe.goodput import Goodput
-from moe.observe.regret import RegretMeter
+from moe.observe.regret import REGRET_FORMAT, RegretMeter
 from moe.observe.scores import ScoreRecorder, probe_scores
 from moe.observe.sinks import Sinks
 from moe.parallel import Ranks
@@ -300,7 +300,7 @@ class Run:
 
     def regret_shape(self) -> list[int] | None:
         """How the measurement of the regret is kept; another one than the checkpoint's starts anew."""
-        return list(self.regret.state["scores_LRE"].shape) if self.regret is not None else None
+        return [*self.regret.state["scores_LRE"].shape, REGRET_FORMAT] if self.regret is not None else None
 
     def next_samples(self) -> str:
         """A hash of the samples of the next step: a resumed run must read them, whichever version wrote the checkpoint."""

@@ -318,6 +318,34 @@ def test_optimum_is_balanced_where_a_token_is_split_at_most():
     assert excess.abs().sum() <= 2 * 7 and dual_gradient(scores, torch.zeros(8), 2).abs().sum() > 2 * 7
 
 
+def test_a_good_start_saves_work_and_no_start_changes_the_optimum(monkeypatch):
+    first, scores = skewed(2048, 16, seed=1), skewed(2048, 16, seed=2)
+    cold = solve_dual(scores, 3)
+    sizes = []
+    solve = dual._solve_pool
+    monkeypatch.setattr(dual, "_solve_pool", lambda *a: sizes.append(a[3]) or solve(*a))
+    near = solve_dual(scores, 3, start=solve_dual(first, 3).bias)
+    assert sizes[0] == 2048 and sizes[-1] < 1024  # `first` has no start: all its tokens take part
+    starts = [cold.bias + 7.0, torch.zeros(16), 100 * torch.rand(16), torch.full((16,), torch.nan)]
+    for solution in (near, *(solve_dual(scores, 3, start=start) for start in starts)):
+        assert float(solution.value) == pytest.approx(float(cold.value), abs=1e-6 * abs(float(cold.value)))
+        assert float(solution.gap) <= 1e-6 * abs(float(cold.value)) and abs(float(solution.bias.sum())) < 1e-9
+
+
+def test_a_bad_start_of_many_tokens_falls_back_on_a_sample(monkeypatch):
+    monkeypatch.setattr(dual, "_POOL", 256)
+    scores, samples = skewed(8192, 16), []
+    solve = dual._interior_point
+    monkeypatch.setattr(dual, "_interior_point", lambda s, *a: samples.append(len(s)) or solve(s, *a))
+    found = solve_dual(scores, 3, start=torch.arange(16.0))
+    assert samples[0] == 256 and float(found.gap) <= 1e-6 * abs(float(found.value))
+
+
+def test_a_start_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"start has shape \[3\]: give one bias per expert, \[2, 4\]"):
+        solve_dual(torch.rand(2, 5, 4), 2, start=torch.zeros(3))
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 5])
 def test_equal_scores_need_no_bias(top_k):
     solution = solve_dual(torch.full((32, 6), 0.3), top_k)

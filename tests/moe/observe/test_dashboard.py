@@ -40,6 +40,7 @@ def offline(tmp_path_factory):
     found = {}
     for experts in (8, 64, 128):
         settings = {"observe__wandb": "offline", "observe__log_every": 1, "observe__regret_every": 1}
+        settings |= {"observe__regret_reservoir": 64}  # small enough that every layer is measured at every probe
         settings |= {"observe__wandb_group": "g", "observe__peak_tflops": 1.0, "model__num_experts": experts}
         settings |= {"balance__method": "proportional", "balance__rate": 0.1, "train__steps": 3, "evaluate__every": 2}
         run = folder / str(experts)

@@ -9,7 +9,16 @@ import torch
 from moe.balance.dual import dual_value, solve_dual
 from moe.balance.streams import open_stream, stream
 from moe.config import BalanceSection
-from moe.observe.regret import NO_BOUND, RegretMeter, balance_tax, curvature, hindsight_gap, regret_bound
+from moe.observe import regret
+from moe.observe.regret import (
+    NO_BOUND,
+    RegretMeter,
+    balance_tax,
+    curvature,
+    hindsight_gap,
+    layers_of_probe,
+    regret_bound,
+)
 from moe.observe.scores import ScoreRecorder, probe_scores, tapped
 from moe.parallel import build_ranks
 from moe.train.engines.native import NativeEngine
@@ -78,6 +87,57 @@ def test_reservoir_is_a_uniform_sample_and_its_static_regret_is_near():
     assert a == pytest.approx(b, abs=0.25 * b)
 
 
+def test_large_layers_are_measured_in_turn_and_keep_their_values(monkeypatch):
+    scores, bias = probes(4, layers=3), biases(4, layers=3)
+    whole, m = meter(layers=(0, 1, 2)), meter(layers=(0, 1, 2))
+    per_layer = (T + 1000) * E
+    seen = []
+    for n in range(4):
+        whole.observe(scores[n], bias[n], ALONE)
+        monkeypatch.setattr(regret, "SCORES_PER_PROBE", per_layer)
+        m.observe(scores[n], bias[n], ALONE)
+        monkeypatch.undo()
+        expected, found = whole.metrics(), m.metrics()
+        seen.append([key for key in found if key.startswith("regret/dynamic/layer")])
+        layer = n % 3
+        for name in ("dynamic", "static"):
+            key = f"regret/{name}/layer_{layer:02d}"
+            assert found[key] == pytest.approx(expected[key], abs=1e-6)
+    assert [len(keys) for keys in seen] == [1, 2, 3, 3]
+    assert m.state["probes_L"].tolist() == [2, 1, 1] and found["regret/probes"] == 4
+    assert torch.equal(m.state["scores_LRE"], whole.state["scores_LRE"])  # the reservoir has the tokens of all probes
+
+
+@pytest.mark.parametrize(
+    ("rate", "expected"),
+    [
+        (1.0, [[0], [1], [2], [0], [1]]),
+        (0.5, [[0], [], [1], [], [2]]),
+        (1.5, [[0, 1], [2], [0, 1], [2], [0, 1]]),
+        (3.0, [[0, 1, 2]] * 5),
+        (50.0, [[0, 1, 2]] * 5),
+    ],
+)
+def test_turns(monkeypatch, rate, expected):
+    for world_size in (1, 2):
+        monkeypatch.setattr(regret, "SCORES_PER_PROBE", int(1000 * rate) // world_size)
+        turns = [[i % 3 for i in layers_of_probe(n, 3, 1000, world_size)] for n in range(5)]
+        assert turns == expected
+
+
+def test_the_reservoir_is_that_of_the_smallest_keys_whatever_its_order():
+    m, seen = meter(reservoir=300), probes(5)
+    for scores in seen:
+        m.observe(scores, torch.zeros(2, E), ALONE)
+    generators = [regret.keys_of_probe(0, n, T) for n in range(5)]
+    order = torch.cat(generators).argsort()[:300]
+    expected = torch.cat(seen, dim=1)[:, order]
+    placed = m.state["keys_R"].argsort()
+    assert torch.equal(m.state["scores_LRE"][:, placed], expected)
+    best = expected.double().topk(K, dim=-1).values.sum(-1)
+    assert torch.allclose(m.state["gained_LR"][:, placed], best)
+
+
 def test_balance_tax_is_the_score_given_up():
     scores = probes(1)[0][0]
     assert float(balance_tax(scores, torch.zeros(E), K)) == 0.0
@@ -106,11 +166,11 @@ def test_the_meters_bound_is_that_of_its_measured_constants():
     for scores, bias in zip(probes(), biases(), strict=True):
         m.observe(scores, bias, ALONE)
         m.count(torch.tensor([[70, 30, *[50] * 6], [50] * 8]))
-    best = m._last["best_LE"]
-    start, mu = float((biases()[0, 0].double() - best[0]).norm()), float(m.state["mu_L"][0]) / 4 * T
+    best = m.state["best_LE"]
+    start, mu = float((biases()[0, 0].double() - best[0]).norm()), float(m.state["sums_3L"][2, 0]) / 4 * T
     expected = regret_bound(PROPORTIONAL, 50.0, 4, 800**0.5, mu, start, 0.0).value / T
     gap = hindsight_gap(T, E, K, mu) / (4 * T)  # the reservoir holds all 4 T tokens
-    assert m.bound(0, best).value == pytest.approx(expected + 4 * gap)
+    assert m.bound(0).value == pytest.approx(expected + 4 * gap)
     assert m.metrics()["regret/bound_covers"] == 1.0
     frozen = meter(BalanceSection(method="proportional", rate=1e-2, frozen_layers=[3]))
     frozen.observe(probes(1)[0], biases(1)[0], ALONE)
@@ -181,7 +241,7 @@ def test_p07_saved_state_continues_bit_for_bit():
 
 def test_every_emitted_key_is_documented_and_every_documented_one_emitted():
     m = meter()
-    m.observe(probes(1)[0], biases(1)[0], ALONE)
+    m.observe(torch.rand(2, T, E, generator=torch.Generator().manual_seed(0)), biases(1)[0], ALONE)
     emitted, patterns = set(m.metrics()), documented_patterns()
     for key in emitted:
         assert sum(bool(pattern.fullmatch(key)) for pattern in patterns.values()) == 1, key
