@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from kernels import grouped_gemm_cpu as cpu
 from kernels.backend import Backend, fused
 from kernels.grouped_gemm_table import faster
 
@@ -258,23 +259,30 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 # -- torch -------------------------------------------------------------------------------------------------------------
 
 
+def _has_own(rows_RD: Tensor) -> bool:
+    """Whether kernels/grouped_gemm_cpu.py does it."""
+    return rows_RD.device.type == "cpu" and rows_RD.dtype == torch.bfloat16
+
+
 def _grouped_mm(rows_RD: Tensor, weight_eND: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
     if rows_RD.dtype == torch.float64:  # F.grouped_mm has none
         return grouped_gemm_reference(rows_RD, weight_eND, tokens_per_expert_e)
     if rows_RD.shape[0] == 0:
         # No row on this rank: a product that is empty but keeps every gradient zero instead of None.
         return rows_RD @ weight_eND[0].T + 0.0 * weight_eND.sum()
-    if torch.compiler.is_compiling() and rows_RD.dtype != torch.bfloat16:
+    if _has_own(rows_RD) or (torch.compiler.is_compiling() and rows_RD.dtype != torch.bfloat16):
         return _opaque(rows_RD, weight_eND, tokens_per_expert_e)
     offsets = tokens_per_expert_e.cumsum(0, dtype=torch.int32)
     return F.grouped_mm(rows_RD, weight_eND.transpose(-2, -1), offs=offsets)
 
 
-# For torch.compile: the fake kernel of F.grouped_mm knows bfloat16 alone (torch 2.13).
+# For bfloat16 on a CPU, and for torch.compile: the fake kernel of F.grouped_mm knows bfloat16 alone (torch 2.13).
 
 
 @torch.library.custom_op("alf_moe::grouped_mm", mutates_args=())
 def _opaque(rows_RD: Tensor, weight_eND: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
+    if _has_own(rows_RD):
+        return cpu.forward(rows_RD.contiguous(), weight_eND, tokens_per_expert_e)
     offsets = tokens_per_expert_e.cumsum(0, dtype=torch.int32)
     return F.grouped_mm(rows_RD, weight_eND.transpose(-2, -1), offs=offsets)
 
@@ -283,6 +291,9 @@ def _opaque(rows_RD: Tensor, weight_eND: Tensor, tokens_per_expert_e: Tensor) ->
 def _opaque_backward(
     grad_RN: Tensor, rows_RD: Tensor, weight_eND: Tensor, tokens_per_expert_e: Tensor
 ) -> tuple[Tensor, Tensor]:
+    if _has_own(rows_RD):
+        grad_rows_RD = cpu.forward(grad_RN, weight_eND.transpose(1, 2), tokens_per_expert_e)
+        return grad_rows_RD, cpu.weight_gradient(grad_RN, rows_RD.contiguous(), tokens_per_expert_e)
     offsets = tokens_per_expert_e.cumsum(0, dtype=torch.int32)
     return F.grouped_mm(grad_RN, weight_eND, offs=offsets), F.grouped_mm(grad_RN.T, rows_RD, offs=offsets)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels.router_topk as router_topk_module
+from kernels import grouped_gemm_cpu
 from kernels.combine import combine
 from kernels.grouped_gemm import grouped_gemm, grouped_gemm_reference
 from kernels.moe_mlp import moe_mlp, moe_mlp_reference, saved_bytes_per_token
@@ -311,6 +312,53 @@ def test_p18_grouped_gemm_with_empty_groups(counts, dtype):
     assert w.grad is not None and (w.grad[tokens == 0] == 0).all()
 
 
+COUNTS = [
+    [300, 0, 37, 129, 46],
+    [0, 512, 0, 0, 0],
+    [1, 2, 3, 4, 502],
+    [500, 1, 1, 1, 1],
+    [16, 16, 16, 16, 0],
+    [0] * 5,
+    [9],
+]
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("past", [0, 8])  # rows past the last group
+def test_products_of_padded_groups_are_those_of_the_groups(counts, past, monkeypatch):
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(torch.nan))
+    used, tokens = sum(counts), torch.tensor(counts)
+    rows, grad = rand(used + past, 24, dtype=torch.bfloat16), rand(used + past, 16, seed=1, dtype=torch.bfloat16)
+    rows[used:] = torch.nan
+    for weight in (
+        rand(len(counts), 16, 24, seed=2, dtype=torch.bfloat16),
+        rand(len(counts), 24, 16, seed=3, dtype=torch.bfloat16).mT,
+    ):
+        found = grouped_gemm_cpu.forward(rows, weight, tokens)
+        exact = grouped_gemm_reference(rows.double(), weight.double(), tokens)
+        assert torch.allclose(found.double(), exact, rtol=2**-8, atol=1e-3) and (found[used:] == 0).all()
+    found = grouped_gemm_cpu.weight_gradient(grad, rows, tokens)
+    parts = zip(grad[:used].double().split(counts), rows[:used].double().split(counts), strict=True)
+    exact = torch.stack([g.T @ r for g, r in parts])
+    assert torch.allclose(found.double(), exact, rtol=2**-8, atol=1e-3) and (found[tokens == 0] == 0).all()
+
+
+def test_padded_groups_have_few_sizes_and_little_waste(monkeypatch):
+    sizes = {grouped_gemm_cpu.padded_size(n) for n in range(1, 4097)}
+    assert len(sizes) == 8 + 8 * 5 and all(grouped_gemm_cpu.padded_size(size) == size for size in sizes)
+    assert all(n <= grouped_gemm_cpu.padded_size(n) <= max(n + 15, 1.125 * n) for n in range(4097))
+    shapes, mm = set(), torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, **k: shapes.add((*a.shape, b.shape[1])) or mm(a, b, **k))
+    x = rand(2048, 24, dtype=torch.bfloat16).requires_grad_()
+    w = rand(8, 16, 24, seed=1, dtype=torch.bfloat16).requires_grad_()
+    for seed in range(40):
+        cuts = torch.randint(0, 2048, (7,), generator=torch.Generator().manual_seed(seed)).sort().values
+        counts = torch.cat([cuts, cuts.new_tensor([2048])]).diff(prepend=cuts.new_zeros(1))
+        grouped_gemm(x, w, counts).sum().backward()
+    assert len(shapes) < 3 * 48  # three products; 40 draws of 8 groups have 300 sizes
+
+
 def test_grouped_gemm_reference_writes_zeros_past_the_last_group():
     out = grouped_gemm_reference(torch.ones(5, 4), torch.ones(2, 3, 4), torch.tensor([1, 2]))
     assert out.tolist() == [[4.0] * 3] * 3 + [[0.0] * 3] * 2
@@ -380,9 +428,9 @@ def test_what_autograd_saves_of_the_composition_is_what_the_table_says():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         moe_mlp(x.requires_grad_(), weights.requires_grad_(), p, w13.requires_grad_(), w2.requires_grad_())
     parameters = sum(saved.pop(w.untyped_storage().data_ptr()) for w in (w13, w2))
-    offsets = 2 * 6 * 4  # int32, one for each of the two products
+    counts = saved.pop(p.counts_E.untyped_storage().data_ptr())
     table = saved_bytes_per_token(24, 16, 2)
-    assert sum(saved.values()) - offsets == 40 * table["torch"] and parameters > 0
+    assert counts < 100 and sum(saved.values()) == 40 * table["torch"] and parameters > 0
     assert table == {"moe_mlp": 216, "torch": 488, "permute": 424}
 
 
