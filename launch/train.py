@@ -234,9 +234,6 @@ def environment(nproc: int, options: Options, logs: Path) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS),
-        # oneDNN keeps 1,024 compiled products by default, one per shape, and every group of tokens has another size:
-        # 500 MiB more after 250 steps of the main job, and no faster (docs/experiments.md).
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
         **os.environ,
         "PYTHONUNBUFFERED": "1",
         "ALF_MOE_LAUNCHER": str(
