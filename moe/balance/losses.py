@@ -67,7 +67,8 @@ def sequence_aux_loss(
         none_TK = none_TK | ~token_mask_T[:, None]
     sequence_T1 = torch.arange(tokens, device=scores_TE.device)[:, None] // seq_len
     slot_TK = (sequence_T1 * num_experts + topk_ids_TK).masked_fill(none_TK, -1)
-    counts_BE = count_tokens(slot_TK, tokens // seq_len * num_experts).view(-1, num_experts)
+    # As many slots as experts times sequences: torch, whatever train.kernels says.
+    counts_BE = count_tokens(slot_TK, tokens // seq_len * num_experts, "torch").view(-1, num_experts)
     share_BE = counts_BE / counts_BE.sum(dim=-1, keepdim=True).clamp_min(1)
     prob_sum_BE = token_shares(scores_TE, token_mask_T).view(-1, seq_len, num_experts).sum(dim=1)
     return num_experts * (share_BE * prob_sum_BE).sum()
