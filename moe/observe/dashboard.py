@@ -1,6 +1,6 @@
 """The W&B dashboard as code: which metrics go to W&B, in which panels they are shown, and how the view is pushed.
 
-W&B gets what the dashboard shows and nothing else, about 45 scalars and 3 a layer; metrics.jsonl has everything.
+W&B gets what the dashboard shows and nothing else, about 50 scalars and 3 a layer; metrics.jsonl has everything.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ SECTIONS: dict[str, list[Panel]] = {
         Panel("Gradient norm before clipping", ["optim/grad_norm"], log_y=True),
     ],
     "2 Is it balanced?": [
-        Panel("MaxVio of a batch", _both("moe/maxvio_batch"), log_y=True),
+        Panel(
+            "MaxVio of a batch, over the layers",
+            [f"moe/maxvio_batch/{of}" for of in ("max", "p95", "median")],
+            log_y=True,
+        ),
         Panel("MaxVio of a batch, each layer", ["moe/maxvio_batch/layer_"], log_y=True),
         Panel("MaxVio of everything so far, and held out", ["moe/maxvio_seen/max", "moe/maxvio_val/max"], log_y=True),
         Panel("Excess over the sampling floor", _both("moe/excess_maxvio_batch")),
@@ -48,7 +52,10 @@ SECTIONS: dict[str, list[Panel]] = {
         Panel("Load of every expert (layer × expert)", [IMAGE]),
     ],
     "3 Is the controller healthy?": [
-        Panel("Range of the bias (red line 1.0 for sigmoid)", _both("moe/bias_range")),
+        Panel(
+            "Range of the bias (red line 1.0 for sigmoid), top-K margin",
+            [*_both("moe/bias_range"), "moe/topk_margin/mean"],
+        ),
         Panel("Drift of the mean bias", ["moe/bias_drift/max"]),
         Panel("Share of experts whose update turned", _both("moe/flip_rate")),
     ],

@@ -161,6 +161,8 @@ class LoadTracker:
             self._rows = [b._replace(counts_LE=a.counts_LE + b.counts_LE) for a, b in pairs] + odd
         self.interval_LE.zero_()
         out = self._summaries(last, "batch") | self._layers("maxvio_batch", maxvio(last))
+        median, p95 = maxvio(last).quantile(torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
+        out |= {"moe/maxvio_batch/median": median, "moe/maxvio_batch/p95": p95}
         out |= self._one("maxvio_seen", maxvio(seen)) | self._one("idle_seen", idle(seen))
         out |= self._one("bias_range", bias.amax(-1) - bias.amin(-1)) | self._one("bias_drift", bias.mean(-1).abs())
         out |= self._one("flip_rate", self.flips_LE.double().mean(-1).cpu())

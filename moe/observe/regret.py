@@ -3,6 +3,7 @@
     dynamic  = f_n(b_n) - min_b f_n(b)              of the probed tokens of one step, f = G / T; 0: the bias was optimal
     static   = mean_n f_n(b_n) - min_b mean_n f_n(b)          against the best fixed bias in hindsight
     tax      = mean_i TopKSum(s_i) - sum_k s_ik x_ik          score given up for balance
+    margin   = median_i of the K-th less the (K+1)-th s_i + b_n        how firmly the tokens choose
 
 Every `observe.regret_every` steps the scores of the coming batch are read by a forward pass of its own, without gradient
 and before anything is updated: training does not see it. The hindsight bias is that of a reservoir, a uniform sample of
@@ -95,11 +96,16 @@ def keys_of_probe(seed: int, probe: int, tokens: int) -> Tensor:
 def curvature(scores_TE: Tensor, bias_E: Tensor, top_k: int) -> float:
     """mu, tokens per score unit: the second-smallest eigenvalue of the boundary Laplacian, window: the lower quartile of the
     margins; 0 when that is 0 (ties)."""
-    places = (scores_TE.double() + bias_E.double()).topk(top_k + 1, dim=-1).values
-    width = float((places[:, top_k - 1] - places[:, top_k]).quantile(0.25))
+    width = float(margins(scores_TE, bias_E, top_k).quantile(0.25))
     if width <= 0:
         return 0.0
     return max(0.0, float(torch.linalg.eigvalsh(boundary_curvature(scores_TE, bias_E, top_k, width))[1]))
+
+
+def margins(scores_TE: Tensor, bias_E: Tensor, top_k: int) -> Tensor:
+    """The K-th less the (K+1)-th largest biased score of each token, [T] float64."""
+    places = (scores_TE.double() + bias_E.double()).topk(top_k + 1, dim=-1).values
+    return places[:, top_k - 1] - places[:, top_k]
 
 
 def balance_tax(scores: Tensor, bias: Tensor, top_k: int) -> Tensor:
@@ -138,7 +144,7 @@ class RegretMeter:
             "probes": torch.zeros((), dtype=torch.int64),
             "steps": torch.zeros((), dtype=torch.int64),
             "probes_L": torch.zeros(count, dtype=torch.int64),  # that measured the layer
-            "last_4L": torch.zeros(4, count, dtype=torch.float64),  # dynamic, balance tax, mu, static
+            "last_5L": torch.zeros(5, count, dtype=torch.float64),  # dynamic, balance tax, mu, static, margin
             "sums_3L": torch.zeros(3, count, dtype=torch.float64),  # of the first three
             "best_LE": torch.zeros(count, num_experts, dtype=torch.float64),  # the hindsight bias
             "square_L": torch.zeros(count, dtype=torch.float64),  # max |A - L|^2 over steps, tokens squared
@@ -167,19 +173,19 @@ class RegretMeter:
         self._keep(scores_LTE.cpu(), bias_LE.cpu())
         scores_per_layer = (scores_LTE.shape[1] + s["scores_LRE"].shape[1]) * self.num_experts
         turn = [n % layers for n in layers_of_probe(probe, layers, scores_per_layer, ranks.world_size)]
-        found = torch.zeros(layers, 4 + self.num_experts, dtype=torch.float64, device=ranks.device)
+        found = torch.zeros(layers, 5 + self.num_experts, dtype=torch.float64, device=ranks.device)
         for layer in turn[ranks.rank :: ranks.world_size]:
             found[layer] = self._measure(layer, scores_LTE[layer].to(ranks.device), bias_LE[layer].to(ranks.device))
         found = ranks.sum(found).cpu()
         s["probes"] += 1
         s["probes_L"][turn] += 1
-        s["last_4L"][:, turn] = found[turn, :4].T
+        s["last_5L"][:, turn] = found[turn, :5].T
         s["sums_3L"][:, turn] += found[turn, :3].T
-        s["best_LE"][turn] = found[turn, 4:]
+        s["best_LE"][turn] = found[turn, 5:]
         self._fresh = self._fresh or bool(turn)
 
     def _measure(self, layer: int, scores_TE: Tensor, bias_E: Tensor) -> Tensor:
-        """[4 + E] float64: dynamic regret, balance tax, mu and static regret, per token, and the hindsight bias."""
+        """[5 + E] float64: dynamic regret, balance tax, mu and static regret, per token, margin, and the hindsight bias."""
         s, top_k, tokens = self.state, self.top_k, len(scores_TE)
         filled = int(s["keys_R"].isfinite().sum())
         kept_RE = s["scores_LRE"][layer, :filled].to(scores_TE.device)
@@ -188,9 +194,9 @@ class RegretMeter:
         best = solve_dual(kept_RE, top_k, start=start.to(scores_TE.device))
         dynamic = (dual_value(scores_TE, bias_E, top_k) - now.value).clamp_min(0) / tokens  # rounding: just below 0
         static = s["gained_LR"][layer, :filled].mean() - float(best.value) / filled
+        tax, margin = balance_tax(scores_TE, bias_E, top_k), margins(scores_TE, bias_E, top_k).median()
         mu = curvature(scores_TE, bias_E, top_k) / tokens
-        values = scores_TE.new_tensor([dynamic, balance_tax(scores_TE, bias_E, top_k), mu, static], dtype=torch.float64)
-        return torch.cat([values, best.bias])
+        return torch.cat([best.bias.new_tensor([dynamic, tax, mu, static, margin]), best.bias])
 
     def _keep(self, scores_LTE: Tensor, bias_LE: Tensor) -> None:
         s, probe = self.state, int(self.state["probes"])
@@ -220,12 +226,13 @@ class RegretMeter:
         seen = s["probes_L"].nonzero()[:, 0].tolist()
         if not fresh or not seen:
             return {}
-        dynamic, tax, _, static = s["last_4L"]
+        dynamic, tax, _, static, margin = s["last_5L"]
         means_3L = s["sums_3L"] / s["probes_L"]
         out = self._one("dynamic", dynamic, seen) | self._one("dynamic_mean", means_3L[0], seen)
         out |= self._one("static", static, seen) | self._one("balance_tax", tax, seen)
         out |= self._one("static_sum", static * max(1, int(s["steps"])), seen) | self._one("mu", means_3L[2], seen)
         out["regret/probes"] = float(s["probes"])
+        out |= {"moe/topk_margin/min": float(margin[seen].min()), "moe/topk_margin/mean": float(margin[seen].mean())}
         bounds = {index: self.bound(index).value for index in seen}
         covered = all(value is not None and math.isfinite(value) for value in bounds.values())
         if covered:

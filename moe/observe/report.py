@@ -70,8 +70,8 @@ CHARTS = [
     Chart(
         "Range of the bias",
         "score",
-        _worst_and_mean("bias_range"),
-        "max b − min b. Red line for sigmoid scores: 1.",
+        [*_worst_and_mean("bias_range"), ("moe/topk_margin/mean", "top-K margin, mean")],
+        "max b − min b. Red line for sigmoid scores: 1. Top-K margin: how far the K-th expert is from the next.",
     ),
     Chart(
         "Regret against its bound",

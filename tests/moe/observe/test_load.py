@@ -129,6 +129,7 @@ def test_p39_load_planted_in_layer_10_appears_under_layer_10():
     assert sorted(per_layer) == list(per_layer) == [f"moe/maxvio_batch/layer_{n:02d}" for n in layers]
     assert metrics["moe/maxvio_batch/max"] == 3.0
     assert metrics["moe/maxvio_batch/mean"] == pytest.approx(3 / 12)
+    assert metrics["moe/maxvio_batch/median"] == 0 and metrics["moe/maxvio_batch/p95"] == pytest.approx(0.45 * 3)
 
 
 def test_p30_number_of_keys_does_not_grow_with_experts():
@@ -323,5 +324,5 @@ def test_every_emitted_key_is_documented_once_and_every_documented_one_is_emitte
         matches = [name for name, pattern in patterns.items() if pattern.fullmatch(key)]
         assert len(matches) == 1, f"{key} is documented by {matches or 'no row'}"
     for name, pattern in patterns.items():
-        if name.startswith("moe/"):
+        if name.startswith("moe/") and "topk_margin" not in name:  # measured with the regret
             assert any(pattern.fullmatch(key) for key in emitted), f"{name} is documented and never emitted"

@@ -138,6 +138,16 @@ def test_the_reservoir_is_that_of_the_smallest_keys_whatever_its_order():
     assert torch.allclose(m.state["gained_LR"][:, placed], best)
 
 
+def test_the_margin_is_the_median_distance_of_the_first_expert_out():
+    m, scores, bias = meter(), probes(1)[0], biases(1)[0]
+    m.observe(scores, bias, ALONE)
+    ordered = (scores + bias[:, None]).sort(-1, descending=True).values
+    expected = (ordered[..., K - 1] - ordered[..., K]).median(-1).values
+    found = m.metrics()
+    assert found["moe/topk_margin/min"] == pytest.approx(float(expected.min()), abs=1e-6)
+    assert found["moe/topk_margin/mean"] == pytest.approx(float(expected.mean()), abs=1e-6)
+
+
 def test_balance_tax_is_the_score_given_up():
     scores = probes(1)[0][0]
     assert float(balance_tax(scores, torch.zeros(E), K)) == 0.0
@@ -246,7 +256,7 @@ def test_every_emitted_key_is_documented_and_every_documented_one_emitted():
     for key in emitted:
         assert sum(bool(pattern.fullmatch(key)) for pattern in patterns.values()) == 1, key
     for name, pattern in patterns.items():
-        if name.startswith("regret/"):
+        if name.startswith(("regret/", "moe/topk_margin")):
             assert any(pattern.fullmatch(key) for key in emitted), name
 
 
