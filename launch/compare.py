@@ -52,12 +52,12 @@ class Plan(NamedTuple):
     files: list[str]
     overrides: list[str]
     arms: list[Arm]
-    seeds: int
+    seeds: list[int]
     nproc: int | None
 
     def units(self, out: Path) -> list[Unit]:
         """Seed by seed, so that a comparison cut short has all methods of its seeds."""
-        return [Unit(arm, seed, out / arm.name / f"seed{seed}") for seed in range(self.seeds) for arm in self.arms]
+        return [Unit(arm, seed, out / arm.name / f"seed{seed}") for seed in self.seeds for arm in self.arms]
 
 
 def main(argv: list[str]) -> int:
@@ -85,7 +85,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     p.add_argument("--config", action="append", default=[], help="configuration of all runs; repeatable")
     p.add_argument("--methods", default="", help="comma-separated names or TOML files")
     p.add_argument("--sweep", action="append", default=[], help="METHOD:SETTING=V1,V2,...; repeatable")
-    p.add_argument("--seeds", type=int, default=3, help="seeds 0 ... N-1")
+    p.add_argument("--seeds", default="3", help="N: seeds 0 ... N-1; A-B: these, as 1-4 when seed 0 chose the settings")
     p.add_argument("--nproc", type=int, help="processes of a run")
     p.add_argument("--jobs", type=int, default=1, help="runs at a time")
     p.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this time")
@@ -97,9 +97,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def make_plan(options: argparse.Namespace, overrides: list[str]) -> Plan:
     """Every arm's configuration is checked. Raises ConfigError."""
-    for name in ("seeds", "jobs"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name} = {getattr(options, name)} is too small: give at least 1")
+    seeds = _parse_seeds(options.seeds)
+    if options.jobs < 1:
+        raise ConfigError(f"--jobs = {options.jobs} is too small: give at least 1")
     if not options.config:
         raise ConfigError("--config is missing: name the file of all runs, for example --config configs/tiny.toml")
     if not options.methods:
@@ -113,13 +113,23 @@ def make_plan(options: argparse.Namespace, overrides: list[str]) -> Plan:
     names = [arm.name for arm in arms]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ConfigError(f"--methods names {twice} twice: name every method once")
-    plan = Plan(options.config, overrides, arms, options.seeds, options.nproc)
+    plan = Plan(options.config, overrides, arms, seeds, options.nproc)
     for arm in arms:
         try:
             resolve(load([*plan.files, arm.file], [*plan.overrides, *arm.overrides]), options.nproc or 2)
         except ConfigError as error:
             raise ConfigError(f"method {arm.name}: {error}") from None
     return plan
+
+
+def _parse_seeds(text: str) -> list[int]:
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    if not found:
+        raise ConfigError(f"--seeds = {text} is not understood: give a number as 4, or the first and the last as 1-4")
+    first, end = (0, int(text)) if found[2] is None else (int(found[1]), int(found[2]) + 1)
+    if end <= first:
+        raise ConfigError(f"--seeds = {text} is no seed: give at least 1, or the first and the last as 1-4")
+    return list(range(first, end))
 
 
 def _parse_sweep(text: str, methods: list[str]) -> tuple[str, str, list[str]]:
@@ -162,7 +172,7 @@ def write_plan(plan: Plan, out: Path) -> Plan:
         new = [arm for arm in plan.arms if arm not in old.arms]
         if clash := next((arm.name for arm in new if arm.name in {a.name for a in old.arms}), None):
             raise ConfigError(f"{file} has a method {clash} with other settings: choose another --out")
-        plan = plan._replace(arms=old.arms + new, seeds=max(old.seeds, plan.seeds))
+        plan = plan._replace(arms=old.arms + new, seeds=sorted({*old.seeds, *plan.seeds}))
     out.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps({**plan._asdict(), "arms": [arm._asdict() for arm in plan.arms]}, indent=1))
@@ -174,7 +184,8 @@ def read_plan(out: Path) -> Plan:
     """Raises ConfigError."""
     try:
         tree = json.loads((out / PLAN).read_text())
-        return Plan(**{**tree, "arms": [Arm(**arm) for arm in tree["arms"]]})
+        seeds = list(range(tree["seeds"])) if isinstance(tree["seeds"], int) else tree["seeds"]  # a number, until 0.1
+        return Plan(**{**tree, "seeds": seeds, "arms": [Arm(**arm) for arm in tree["arms"]]})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{out} holds no comparison ({error}): alf-moe compare run -o {out} begins one") from None
 

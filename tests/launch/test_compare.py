@@ -54,7 +54,10 @@ def test_a_plan_grows_but_keeps_its_settings(tmp_path, capsys):
     assert emit(tmp_path, *BASE, "--seeds", "2") == 0
     assert emit(tmp_path, "--config", TINY, "--methods", "coordinate", "--seeds", "1") == 0
     plan = plan_of(tmp_path)
-    assert ([arm.name for arm in plan.arms], plan.seeds) == (["none", "sign", "coordinate"], 2)
+    assert ([arm.name for arm in plan.arms], plan.seeds) == (["none", "sign", "coordinate"], [0, 1])
+    assert emit(tmp_path, *BASE, "--seeds", "3-4") == 0
+    plan = plan_of(tmp_path)
+    assert plan.seeds == [0, 1, 3, 4] and len({unit.folder for unit in plan.units(tmp_path)}) == 12
     assert emit(tmp_path, *BASE, "--train.steps", "70") == 2
     assert "overrides" in capsys.readouterr().err
     assert plan_of(tmp_path) == plan
@@ -116,7 +119,9 @@ def test_report_and_its_refusal(tmp_path, capsys):
         (["run", "--methods", "none"], "--config is missing"),
         (["run", "--config", TINY, "--methods", "nono"], "--methods nono is not known: choose of"),
         (["run", "--config", TINY, "--methods", "none,none"], "twice"),
-        (["run", *BASE, "--seeds", "0"], "--seeds = 0 is too small"),
+        (["run", *BASE, "--seeds", "0"], "--seeds = 0 is no seed: give at least 1"),
+        (["run", *BASE, "--seeds", "4-1"], "--seeds = 4-1 is no seed"),
+        (["run", *BASE, "--seeds", "a"], "--seeds = a is not understood: give a number as 4"),
         (["run", *BASE, "--jobs", "0"], "--jobs = 0 is too small"),
         (["run", *BASE, "--sweep", "sign"], "is not understood"),
         (["run", *BASE, "--sweep", "rms:balance.rate=1"], "rms is not among --methods"),
