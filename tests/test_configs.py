@@ -111,6 +111,36 @@ def test_p32_experts_that_do_not_divide_or_suffice_are_one_error(experts, top_k,
         resolve(good.model_copy(update={"model": model, "parallel": good.parallel.model_copy(update={"ep": ep})}), 2)
 
 
+MLA = {"attention": "mla", "num_kv_heads": None, "head_dim": None, "kv_lora_rank": 32, "qk_nope_head_dim": 32}
+MLA |= {"qk_rope_head_dim": 16, "v_head_dim": 32}
+
+
+def latent(**settings) -> Config:
+    good = config("tiny", 2)
+    return good.model_copy(update={"model": good.model.model_copy(update=MLA | settings)})
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"v_head_dim": None}, r"model\.v_head_dim is missing, and model\.attention = 'mla' needs it"),
+        ({"kv_lora_rank": None}, r"model\.kv_lora_rank is missing"),
+        ({"qk_rope_head_dim": 15}, r"model\.qk_rope_head_dim = 15 is odd"),
+        ({"head_dim": 32}, r"model\.head_dim = 32 is for grouped-query attention"),
+        ({"attention": "gqa"}, r"model\.kv_lora_rank = 32 is for latent attention"),
+    ],
+)
+def test_settings_of_latent_attention_that_do_not_fit_are_one_error(settings, says):
+    with pytest.raises(ConfigError, match=says):
+        resolve(latent(**settings), 2)
+
+
+def test_resolved_latent_attention_is_a_fixed_point():
+    resolved = resolve(latent(), 2)
+    assert resolved.model.num_kv_heads is None and resolved.model.head_dim is None
+    assert resolve(validate(tomllib.loads(to_toml(resolved))), 2) == resolved
+
+
 # By hand: embedding and head 2 V D; attention of equal heads 4 D² a layer; an expert 3 D F; router E D; norms
 # (2 layers + 1) D.
 BY_HAND = {

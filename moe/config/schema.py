@@ -44,11 +44,21 @@ class ModelSection(Section):
     num_heads: Positive
     """Query heads."""
     num_kv_heads: Positive | None = None
-    """Key/value heads (grouped-query attention); default: num_heads."""
+    """gqa: key/value heads; default: num_heads."""
     head_dim: Positive | None = None
-    """Width of a head; default: dim / num_heads. Must be even (RoPE)."""
-    attention: Literal["gqa"] = "gqa"
-    """Kind of attention."""
+    """gqa: width of a head; default: dim / num_heads. Must be even (RoPE)."""
+    attention: Literal["gqa", "mla"] = "gqa"
+    """Grouped-query attention, or multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1)."""
+    q_lora_rank: Positive | None = None
+    """mla: width of the latent of the queries; default: queries are not compressed."""
+    kv_lora_rank: Positive | None = None
+    """mla: width of the latent that keys and values come from."""
+    qk_nope_head_dim: Positive | None = None
+    """mla: width of a head's query and key without position."""
+    qk_rope_head_dim: Positive | None = None
+    """mla: width of the part with position, whose key all heads share. Must be even (RoPE)."""
+    v_head_dim: Positive | None = None
+    """mla: width of a head's value."""
     rope_theta: PositiveFloat = 10_000.0
     """Base of the rotary frequencies."""
     norm_eps: PositiveFloat = 1e-6

@@ -291,7 +291,8 @@ class Run:
         """What a resumed run may not change; steps, learning rates, logging and the layout of the ranks may."""
         c = self.config
         return {
-            "model": c.model.model_dump(),
+            # Without the settings that are not used: a later version has more of them than an older checkpoint.
+            "model": c.model.model_dump(exclude_none=True),
             "balance.method": c.balance.method,
             "run.seed": c.run.seed,
             "train.batch_size": c.train.batch_size,
