@@ -189,6 +189,11 @@ def _check_deepspeed(config: Config, cuda: bool) -> None:
             )
         return
     _require(
+        d.start_from is None or config.run.start_from is None,
+        f"deepspeed.start_from = {d.start_from!r} and run.start_from = {config.run.start_from!r} both say where to begin: "
+        "leave one of them out",
+    )
+    _require(
         p.data == "replicate",
         f"parallel.data = {p.data!r} is how the native engine shards, and train.engine = 'deepspeed' has stages for it: "
         "set deepspeed.zero_stage to 3, and parallel.data to replicate",

@@ -32,6 +32,9 @@ class RunSection(Section):
     """Parent of the run folders."""
     seed: NonNegative = 0
     """Seed of the initial weights and of the data order."""
+    start_from: str | None = None
+    """Folder of a Hugging Face checkpoint whose weights and expert bias a new run takes; `alf-moe import` writes the model
+    section that fits."""
 
 
 class ModelSection(Section):
