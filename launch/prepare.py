@@ -17,6 +17,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,19 +153,9 @@ def write_folder(
         meta["tokenizer"] = {"file": "tokenizer.json", "xxh3": file_hash(work / "tokenizer.json")}
         meta["sources"] = {}
         for name, (file, facts) in zip(sources, texts.items(), strict=True):
-            entry = stages.run(
-                f"tokens of {name}",
-                [f"{name}-train.bin", f"{name}-val.bin"],
-                lambda: write_tokens(
-                    work,
-                    name,
-                    file,
-                    facts["documents"],
-                    dtype,
-                    settings["val_share"],
-                    vocabulary["eos_id"],  # noqa: B023
-                ),
-            )
+            arguments = (work, name, file, facts["documents"], dtype, settings["val_share"], vocabulary["eos_id"])
+            files = [f"{name}-train.bin", f"{name}-val.bin"]
+            entry = stages.run(f"tokens of {name}", files, partial(write_tokens, *arguments))
             for part in (entry["train"], entry["val"]):
                 part["xxh3"] = file_hash(work / part["file"])
             meta["sources"][name] = entry

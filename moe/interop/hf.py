@@ -23,7 +23,9 @@ from moe.config import ModelSection
 from moe.interop.hf_config import ARCHITECTURES, HfError, architecture_of, from_hf, is_interleaved, to_hf
 from moe.interop.hf_weights import Row, apart, empty_shapes, rows, together
 from moe.model.experts import local_part
+from moe.model.transformer import Transformer
 from moe.observe.cost import ParameterCounts, parameter_counts
+from moe.parallel import Ranks
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
@@ -150,6 +152,7 @@ class Checkpoint:
         self._files = self._find_files()
         self.rows = [row for group in self._rows(self.model) for row in group]
         self._check_tensors()
+        self._check_shapes()
         if (tokenizer := folder / "tokenizer.json").exists():
             check_tokenizer(tokenizer, self.model.vocab_size)
 
@@ -238,23 +241,32 @@ class Checkpoint:
         """The numbers of a row in our shape, float32."""
         return together(row, [self._files[name].get_tensor(name).float() for name in row.theirs])
 
+    def _check_shapes(self) -> None:
+        with torch.device("meta"):
+            shapes = {
+                name: t.shape
+                for name, t in Transformer(self._ours, Ranks(0, 1, torch.device("cpu"))).state_dict().items()
+            }
+        for row in self.rows:
+            shape = shapes[row.ours] if row.expert is None else shapes[row.ours][1:]
+            for name, part in zip(row.theirs, apart(row, torch.empty(shape, device="meta")), strict=True):
+                found = self._files[name].get_slice(name).get_shape()
+                if found != list(part.shape):
+                    raise HfError(
+                        f"{name} of {self.folder} is {found}, and its config.json makes it {list(part.shape)}: restore that file"
+                    )
+
     @torch.no_grad()
     def fill(self, state: Mapping[str, Tensor]) -> None:
         """Write everything into our tensors, whole or DTensors, by name of `Transformer.state_dict`, in place: each rank its
-        part. What a dense checkpoint does not have keeps its value. Raises HfError for another shape."""
+        part. What a dense checkpoint does not have keeps its value."""
         for row in self.rows:
             target = state[row.ours]
             local, first = local_part(target)
-            shape = target.shape if row.expert is None else target.shape[1:]
             if row.expert is not None:
                 at = row.expert - first[0]
                 if not 0 <= at < len(local):
                     continue
                 local, first = local[at], first[1:]
             whole = self.read(row)
-            if whole.shape != shape:
-                raise HfError(
-                    f"{row.theirs[0]} of {self.folder} makes {list(whole.shape)}, and the model needs {list(shape)}: "
-                    "restore its config.json"
-                )
             local.copy_(whole[tuple(slice(at, at + size) for at, size in zip(first, local.shape, strict=True))])
