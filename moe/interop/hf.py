@@ -83,7 +83,9 @@ class _Shards:
 
     def _flush(self) -> None:
         self.files.append(list(self.held))
-        save_file(self.held, self.folder / f"shard-{len(self.files)}", {"format": "pt"})
+        file = self.folder / f"shard-{len(self.files)}"
+        save_file(self.held, file, {"format": "pt"})
+        file.chmod(0o644)  # safetensors writes for the owner alone
         self.held, self.bytes = {}, 0
 
     def finish(self) -> None:
