@@ -1,7 +1,7 @@
 """`alf-moe prepare`: fetch and verify a corpus, train a tokenizer on it, write the token folder (moe/train/folder.py).
 
     text        one JSON string per line, for each source
-    tokenizer   a byte-level BPE on the first 50 MB
+    tokenizer   a byte-level BPE on the first 50 MB, or a copy of a Hugging Face checkpoint's
     tokens      <source>-train.bin and, the last documents, <source>-val.bin
     meta.json   last; then one rename makes the folder appear
 
@@ -17,11 +17,12 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from launch.corpora import CORPORA, LICENCES, PrepareError, local_identity
-from launch.tokens import train_tokenizer, write_text, write_tokens
+from launch.tokens import take_tokenizer, train_tokenizer, write_text, write_tokens
 
 
 class Stages:
@@ -124,7 +125,9 @@ def ready(folder: Path, settings: dict[str, Any]) -> None:
     print(f"{folder}: ready, {tokens:,} training tokens, files verified")
 
 
-def write_folder(folder: Path, settings: dict[str, Any], sources: dict[str, str | None], raw: Path) -> dict[str, Any]:
+def write_folder(
+    folder: Path, settings: dict[str, Any], sources: dict[str, str | None], raw: Path, tokenizer: Path | None = None
+) -> dict[str, Any]:
     """Every stage in `<folder>.partial`, then the rename; meta.json as a dictionary. Raises PrepareError."""
     from moe.train.folder import FORMAT_VERSION, file_hash
 
@@ -139,18 +142,20 @@ def write_folder(folder: Path, settings: dict[str, Any], sources: dict[str, str 
         vocabulary = stages.run(
             "tokenizer",
             ["tokenizer.json"],
-            lambda: train_tokenizer(work / "tokenizer.json", characters, settings["vocab_size"]),
+            lambda: (
+                take_tokenizer(work / "tokenizer.json", tokenizer)
+                if tokenizer is not None
+                else train_tokenizer(work / "tokenizer.json", characters, settings["vocab_size"])
+            ),
         )
         dtype = "uint16" if vocabulary["vocab_size"] <= 2**16 else "uint32"
         meta = {"format_version": FORMAT_VERSION, "settings": settings, **vocabulary, "dtype": dtype}
         meta["tokenizer"] = {"file": "tokenizer.json", "xxh3": file_hash(work / "tokenizer.json")}
         meta["sources"] = {}
         for name, (file, facts) in zip(sources, texts.items(), strict=True):
-            entry = stages.run(
-                f"tokens of {name}",
-                [f"{name}-train.bin", f"{name}-val.bin"],
-                lambda: write_tokens(work, name, file, facts["documents"], dtype, settings["val_share"]),  # noqa: B023
-            )
+            arguments = (work, name, file, facts["documents"], dtype, settings["val_share"], vocabulary["eos_id"])
+            files = [f"{name}-train.bin", f"{name}-val.bin"]
+            entry = stages.run(f"tokens of {name}", files, partial(write_tokens, *arguments))
             for part in (entry["train"], entry["val"]):
                 part["xxh3"] = file_hash(work / part["file"])
             meta["sources"][name] = entry
@@ -163,6 +168,14 @@ def write_folder(folder: Path, settings: dict[str, Any], sources: dict[str, str 
     return meta
 
 
+def tokenizer_identity(folder: Path) -> str:
+    """Hashes of the files that say what the tokenizer does."""
+    from moe.train.folder import file_hash
+
+    files = (folder / name for name in ("tokenizer.json", "tokenizer_config.json"))
+    return " ".join(file_hash(path) for path in files if path.is_file())
+
+
 def prepare(
     corpus: str = "enwik8",
     out: str | None = None,
@@ -170,6 +183,7 @@ def prepare(
     text: list[str] | None = None,
     raw: str = "data/raw",
     val_share: float = 0.02,
+    tokenizer: str | None = None,
 ) -> int:
     """Make the token folder `out` (default data/<corpus>-<vocab_size>), or report that it is there; nothing finished is
     ever overwritten. The result is the exit code: 0, 2 usage, 3 data."""
@@ -180,14 +194,17 @@ def prepare(
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    folder = Path(out or f"data/{corpus}-{vocab_size}")
+    theirs = None if tokenizer is None else Path(tokenizer)
+    folder = Path(out or f"data/{corpus}-{vocab_size if theirs is None else theirs.resolve().name}")
     try:
         identity = {name: path and local_identity(Path(path)) for name, path in sources.items()}
         settings = {"corpus": corpus, "sources": identity, "vocab_size": vocab_size, "val_share": val_share}
+        if theirs is not None:
+            settings |= {"vocab_size": None, "tokenizer": tokenizer_identity(theirs)}
         if folder.exists():
             ready(folder, settings)
         else:
-            describe(folder, write_folder(folder, settings, sources, Path(raw)))
+            describe(folder, write_folder(folder, settings, sources, Path(raw), theirs))
     except (PrepareError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
@@ -205,12 +222,14 @@ def main(argv: list[str]) -> int:
     own = "own text: a .txt, .jsonl or .parquet file, or a folder of them; repeat for more sources"
     parser.add_argument("--text", action="append", default=[], metavar="[NAME=]PATH", help=own)
     parser.add_argument("--vocab-size", type=int, default=8192, help="entries of the tokenizer (default 8192)")
+    theirs = "a Hugging Face checkpoint whose tokenizer is taken instead of training one (byte-level BPE)"
+    parser.add_argument("--tokenizer", metavar="FOLDER", help=theirs)
     parser.add_argument("--val-share", type=float, default=0.02, help="share of the tokens held out (default 0.02)")
     parser.add_argument("--out", help="folder to write (default data/CORPUS-VOCAB)")
     parser.add_argument("--raw", default="data/raw", help="where fetched files are kept (default data/raw)")
     args = parser.parse_args(argv)
     corpus = args.corpus or ("text" if args.text else "enwik8")
-    return prepare(corpus, args.out, args.vocab_size, args.text, args.raw, args.val_share)
+    return prepare(corpus, args.out, args.vocab_size, args.text, args.raw, args.val_share, args.tokenizer)
 
 
 if __name__ == "__main__":

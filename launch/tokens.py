@@ -80,19 +80,50 @@ def train_tokenizer(target: Path, texts: dict[Path, int], vocab_size: int) -> di
     return {"vocab_size": tokenizer.get_vocab_size(), "eos_id": tokenizer.token_to_id(END)}
 
 
-def write_tokens(folder: Path, source: str, text: Path, count: int, dtype: str, val_share: float) -> dict[str, Any]:
+def take_tokenizer(target: Path, source: Path) -> dict[str, Any]:
+    """Copy tokenizer.json of a Hugging Face folder; documents end with the eos_token of its tokenizer_config.json, or with END.
+
+    Byte-level BPE only: the bytes of a text, for bits per byte, are counted in its tokens. Raises PrepareError.
+    """
+    from tokenizers import Tokenizer
+
+    file, about = source / "tokenizer.json", source / "tokenizer_config.json"
+    if not file.is_file():
+        raise PrepareError(
+            f"--tokenizer {source} holds no tokenizer.json: name the folder of a Hugging Face checkpoint"
+        )
+    try:
+        tokenizer, kind = Tokenizer.from_file(str(file)), str(json.loads(file.read_text())["decoder"])
+        eos = (json.loads(about.read_text(encoding="utf-8")) if about.exists() else {}).get("eos_token") or END
+    except Exception as error:  # the package raises bare Exceptions
+        raise PrepareError(f"--tokenizer {source} cannot be read ({error}): restore its files") from None
+    eos = eos["content"] if isinstance(eos, dict) else eos
+    if "ByteLevel" not in kind:
+        raise PrepareError(f"--tokenizer {source} is not a byte-level BPE: name one whose decoder is ByteLevel")
+    if (eos_id := tokenizer.token_to_id(eos)) is None:
+        raise PrepareError(
+            f"--tokenizer {source} has no token {eos!r} to end a document: correct its tokenizer_config.json"
+        )
+    target.write_bytes(file.read_bytes())
+    return {"vocab_size": max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1, "eos_id": eos_id}
+
+
+def write_tokens(
+    folder: Path, source: str, text: Path, count: int, dtype: str, val_share: float, eos: int
+) -> dict[str, Any]:
     """Encode a source into its two .bin files; its entry of meta.json, without hashes. Raises PrepareError."""
     import numpy as np
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    eos, little = tokenizer.token_to_id(END), np.dtype(dtype).newbyteorder("<")
+    little = np.dtype(dtype).newbyteorder("<")
     train_file, val_file = folder / f"{source}-train.bin", folder / f"{source}-val.bin"
     lengths = [0]
     with train_file.open("wb") as out, progress_bar() as bar:
         task = bar.add_task(f"encoding {source}", total=count)
         for batch in _batches(pieces(text)):
-            for encoding, (_, last) in zip(tokenizer.encode_batch_fast([p for p, _ in batch]), batch, strict=True):
+            encodings = tokenizer.encode_batch_fast([p for p, _ in batch], add_special_tokens=False)
+            for encoding, (_, last) in zip(encodings, batch, strict=True):
                 ids = np.array([*encoding.ids, eos] if last else encoding.ids, dtype=little)
                 ids.tofile(out)
                 lengths[-1] += len(ids)
@@ -110,11 +141,12 @@ def write_tokens(folder: Path, source: str, text: Path, count: int, dtype: str, 
     val.tofile(val_file)
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     # A character of a byte-level token stands for one byte of the text.
-    token_bytes = np.zeros(len(vocabulary), dtype=np.int64)
-    token_bytes[list(vocabulary.values())] = [0 if token == END else len(token) for token in vocabulary]
+    entries = max(vocabulary.values()) + 1
+    token_bytes = np.zeros(entries, dtype=np.int64)
+    token_bytes[list(vocabulary.values())] = [0 if index == eos else len(token) for token, index in vocabulary.items()]
     return {
         "documents": len(lengths) - 1,
-        "floors": floors(train, val, len(vocabulary)),
+        "floors": floors(train, val, entries),
         "train": {"file": train_file.name, "tokens": len(train)},
         "val": {"file": val_file.name, "tokens": len(val), "bytes": int(token_bytes[val].sum())},
     }

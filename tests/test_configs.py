@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe.balance import BALANCERS
-from moe.config import Config, ConfigError, load, resolve, to_toml, validate
+from moe.config import ASSIGNMENTS, Config, ConfigError, load, resolve, to_toml, validate
 from moe.observe.cost import parameter_counts
 
 FOLDER = Path(__file__).parents[1] / "configs"
@@ -21,6 +21,8 @@ WORLDS = {
     "deepseekmoe-1b": [8, 72],
     "deepseekmoe-3b": [8, 108],
     "deepseekmoe-16b": [8, 64],
+    "deepseek-v2-lite": [8, 64],
+    "deepseek-v3": [64, 1024],
 }
 
 
@@ -51,6 +53,10 @@ def test_methods_lay_over_every_size(method: str):
         loaded = load(files)
         if alone := method in ALONE:
             loaded = loaded.model_copy(update={"train": loaded.train.model_copy(update={"micro_batch_size": None})})
+        if loaded.model.num_groups > 1 and loaded.balance.method in ASSIGNMENTS:
+            with pytest.raises(ConfigError, match=r"model\.num_groups = 8 does not fit balance\.method"):
+                resolve(loaded, 1 if alone else WORLDS[name][0])
+            continue
         resolved = resolve(loaded, 1 if alone else WORLDS[name][0])
         balance = tomllib.loads(Path(files[1]).read_text())["balance"]
         assert {key: getattr(resolved.balance, key) for key in balance} == balance
@@ -111,6 +117,36 @@ def test_p32_experts_that_do_not_divide_or_suffice_are_one_error(experts, top_k,
         resolve(good.model_copy(update={"model": model, "parallel": good.parallel.model_copy(update={"ep": ep})}), 2)
 
 
+MLA = {"attention": "mla", "num_kv_heads": None, "head_dim": None, "kv_lora_rank": 32, "qk_nope_head_dim": 32}
+MLA |= {"qk_rope_head_dim": 16, "v_head_dim": 32}
+
+
+def latent(**settings) -> Config:
+    good = config("tiny", 2)
+    return good.model_copy(update={"model": good.model.model_copy(update=MLA | settings)})
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"v_head_dim": None}, r"model\.v_head_dim is missing, and model\.attention = 'mla' needs it"),
+        ({"kv_lora_rank": None}, r"model\.kv_lora_rank is missing"),
+        ({"qk_rope_head_dim": 15}, r"model\.qk_rope_head_dim = 15 is odd"),
+        ({"head_dim": 32}, r"model\.head_dim = 32 is for grouped-query attention"),
+        ({"attention": "gqa"}, r"model\.kv_lora_rank = 32 is for latent attention"),
+    ],
+)
+def test_settings_of_latent_attention_that_do_not_fit_are_one_error(settings, says):
+    with pytest.raises(ConfigError, match=says):
+        resolve(latent(**settings), 2)
+
+
+def test_resolved_latent_attention_is_a_fixed_point():
+    resolved = resolve(latent(), 2)
+    assert resolved.model.num_kv_heads is None and resolved.model.head_dim is None
+    assert resolve(validate(tomllib.loads(to_toml(resolved))), 2) == resolved
+
+
 # By hand: embedding and head 2 V D; attention of equal heads 4 D² a layer; an expert 3 D F; router E D; norms
 # (2 layers + 1) D.
 BY_HAND = {
@@ -131,7 +167,42 @@ BY_HAND = {
     "deepseekmoe-3b": (2_628_476_160, 472_546_560),
     # The public deepseek-moe-16b-base has 16,375,728,128 parameters. Not visited: 27·58·8,650,752 = 13,547,077,632.
     "deepseekmoe-16b": (16_375_728_128, 2_828_650_496),
+    # 2·102400·2048 = 419,430,400; attention 27·(2048·16·192 + 2048·576 + 512·16·256 + 16·128·2048) = 371,589,120;
+    # dense 3·2048·10944 = 67,239,936; one expert 8,650,752: 26·66·8,650,752 = 14,844,690,432; router 26·64·2048 =
+    # 3,407,872; norms 55·2048 + 27·512 = 126,464. Not visited: 26·58·8,650,752 = 13,045,334,016.
+    "deepseek-v2-lite": (15_706_484_224, 2_661_150_208),
+    # 2·129280·7168 = 1,853,358,080; attention 61·(7168·1536 + 1536·128·192 + 7168·576 + 512·128·256 + 128·128·7168) =
+    # 11,413,422,080; dense 3·3·7168·18432 = 1,189,085,184; one expert 44,040,192: 58·257·44,040,192 = 656,463,101,952;
+    # router 58·256·7168 = 106,430,464; norms 123·7168 + 61·(1536 + 512) = 1,006,592.
+    # Not visited: 58·248·44,040,192 = 633,474,121,728.
+    "deepseek-v3": (671_026_404_352, 37_552_282_624),
 }
+# In billions; the active ones of DeepSeekMoE count the rows of the embedding, those of V2-Lite and V3 do not.
+PUBLISHED = {
+    "deepseekmoe-16b": (16.4, 2.8, True),
+    "deepseek-v2-lite": (15.7, 2.4, False),
+    "deepseek-v3": (671, 37, False),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_counts_are_the_published_ones(name: str):
+    counts = parameter_counts(config(name, WORLDS[name][0]))
+    total, active, embedding = PUBLISHED[name]
+    assert counts.total / 1e9 == pytest.approx(total, rel=2e-3)
+    assert (counts.active - (0 if embedding else counts.embedding)) / 1e9 == pytest.approx(active, rel=0.025)
+
+
+@pytest.mark.parametrize("name", ["deepseek-v2-lite", "deepseek-v3"])
+def test_the_model_of_a_published_shape_has_these_parameters(name: str):
+    import torch
+
+    from moe.model.transformer import Transformer
+    from tests.tiny import ALONE
+
+    with torch.device("meta"):
+        model = Transformer(config(name, WORLDS[name][0]), ALONE)
+    assert sum(p.numel() for p in model.parameters()) == BY_HAND[name][0]
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -46,6 +46,12 @@ def tiny_config(world_size: int = 1, **settings: Any) -> Config:
     return resolve(validate(tree), world_size)
 
 
+def tiny_mla(**settings: Any) -> dict[str, Any]:
+    """Settings for `tiny_config` with latent attention: 4 heads, queries and keys of 12 + 4 dims, values of 8."""
+    sizes = {"kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 4, "v_head_dim": 8, "num_kv_heads": None}
+    return {"model__attention": "mla"} | {f"model__{name}": size for name, size in sizes.items()} | settings
+
+
 def random_tokens(batch: int = 8, seq: int = 16, vocab: int = 128, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and next-token targets [batch, seq] int64."""
     ids = torch.randint(0, vocab, (batch, seq + 1), generator=torch.Generator().manual_seed(seed))

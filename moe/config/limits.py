@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from moe.config.schema import ASSIGNMENTS, RATES, BalanceSection, Config, ConfigError, DeepSpeedSection
+from moe.config.schema import ASSIGNMENTS, RATES, BalanceSection, Config, ConfigError, DeepSpeedSection, ModelSection
 
 
 def resolve(config: Config, world_size: int = 1, cuda: bool = False) -> Config:
@@ -24,13 +24,13 @@ def resolve(config: Config, world_size: int = 1, cuda: bool = False) -> Config:
     _check_deepspeed(config, cuda)
     _check_megatron(config, cuda)
     m, t, b, o = config.model, config.train, config.balance, config.observe
+    kv_heads, head_dim = m.num_kv_heads or m.num_heads, m.head_dim or m.dim // m.num_heads
     in_theory = m.group_top_k >= m.num_groups and b.method not in ASSIGNMENTS
     return config.model_copy(
         update={
             "model": m.model_copy(
                 update={
-                    "num_kv_heads": m.num_kv_heads or m.num_heads,
-                    "head_dim": m.head_dim or m.dim // m.num_heads,
+                    **({} if m.attention == "mla" else {"num_kv_heads": kv_heads, "head_dim": head_dim}),
                     "dense_hidden_dim": m.dense_hidden_dim or (m.top_k + m.num_shared_experts) * m.expert_hidden_dim,
                 }
             ),
@@ -70,17 +70,7 @@ def _check_model(config: Config) -> None:
         f"balance.method = {config.balance.method!r}: lower model.first_k_dense"
         + (" or set balance.method to none" if m.first_k_dense == m.num_layers else ""),
     )
-    _require(
-        m.head_dim is not None or m.dim % m.num_heads == 0,
-        f"model.dim = {m.dim} is not divisible by model.num_heads = {m.num_heads}: change one of them or set model.head_dim",
-    )
-    head_dim = m.head_dim or m.dim // m.num_heads
-    _require(head_dim % 2 == 0, f"model.head_dim = {head_dim} is odd, and RoPE turns pairs: set an even model.head_dim")
-    kv = m.num_kv_heads or m.num_heads
-    _require(
-        m.num_heads % kv == 0,
-        f"model.num_kv_heads = {kv} does not divide model.num_heads = {m.num_heads}: choose a divisor",
-    )
+    (_check_mla if m.attention == "mla" else _check_gqa)(m)
     per_group = m.num_experts // m.num_groups
     _require(
         m.num_experts % m.num_groups == 0 and (m.num_groups == 1 or per_group >= 2),
@@ -104,6 +94,49 @@ def _check_model(config: Config) -> None:
             f"model.{name} = {value} is not a multiple of 8, which grouped matrix products need "
             f"(16-byte strides): set it to {-(-value // 8) * 8}",
         )
+
+
+MLA = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+
+def _check_gqa(m: ModelSection) -> None:
+    for name in MLA:
+        _require(
+            getattr(m, name) is None,
+            f"model.{name} = {getattr(m, name)} is for latent attention, and model.attention = 'gqa': set model.attention "
+            "to mla, or leave it out",
+        )
+    _require(
+        m.head_dim is not None or m.dim % m.num_heads == 0,
+        f"model.dim = {m.dim} is not divisible by model.num_heads = {m.num_heads}: change one of them or set model.head_dim",
+    )
+    head_dim = m.head_dim or m.dim // m.num_heads
+    _require(head_dim % 2 == 0, f"model.head_dim = {head_dim} is odd, and RoPE turns pairs: set an even model.head_dim")
+    kv = m.num_kv_heads or m.num_heads
+    _require(
+        m.num_heads % kv == 0,
+        f"model.num_kv_heads = {kv} does not divide model.num_heads = {m.num_heads}: choose a divisor",
+    )
+
+
+def _check_mla(m: ModelSection) -> None:
+    for name in ("num_kv_heads", "head_dim"):
+        _require(
+            getattr(m, name) is None,
+            f"model.{name} = {getattr(m, name)} is for grouped-query attention, and model.attention = 'mla': leave it out, "
+            f"or set model.attention to gqa",
+        )
+    for name in MLA[1:]:
+        _require(
+            getattr(m, name) is not None,
+            f"model.{name} is missing, and model.attention = 'mla' needs it: set it (DeepSeek-V3: kv_lora_rank 512, "
+            "qk_nope_head_dim 128, qk_rope_head_dim 64, v_head_dim 128)",
+        )
+    turned = m.qk_rope_head_dim or 0
+    _require(
+        turned % 2 == 0,
+        f"model.qk_rope_head_dim = {turned} is odd, and RoPE turns pairs: set an even model.qk_rope_head_dim",
+    )
 
 
 def _check_ranks(config: Config, world_size: int) -> None:
@@ -156,6 +189,11 @@ def _check_deepspeed(config: Config, cuda: bool) -> None:
             )
         return
     _require(
+        d.start_from is None or config.run.start_from is None,
+        f"deepspeed.start_from = {d.start_from!r} and run.start_from = {config.run.start_from!r} both say where to begin: "
+        "leave one of them out",
+    )
+    _require(
         p.data == "replicate",
         f"parallel.data = {p.data!r} is how the native engine shards, and train.engine = 'deepspeed' has stages for it: "
         "set deepspeed.zero_stage to 3, and parallel.data to replicate",
@@ -197,6 +235,10 @@ def _check_megatron(config: Config, cuda: bool) -> None:
         p.dispatch == "exact",
         f"parallel.dispatch = {p.dispatch!r} is the native engine's, and {engine} has dispatchers of its own: set "
         "parallel.dispatch to exact, or train.engine to native",
+    )
+    _require(
+        m.attention == "gqa",
+        f"model.attention = {m.attention!r} is not connected to {engine}: set model.attention to gqa, or train.engine to native",
     )
     _require(
         m.first_k_dense < m.num_layers,

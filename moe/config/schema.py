@@ -32,6 +32,9 @@ class RunSection(Section):
     """Parent of the run folders."""
     seed: NonNegative = 0
     """Seed of the initial weights and of the data order."""
+    start_from: str | None = None
+    """Folder of a Hugging Face checkpoint whose weights and expert bias a new run takes; `alf-moe import` writes the model
+    section that fits."""
 
 
 class ModelSection(Section):
@@ -44,11 +47,21 @@ class ModelSection(Section):
     num_heads: Positive
     """Query heads."""
     num_kv_heads: Positive | None = None
-    """Key/value heads (grouped-query attention); default: num_heads."""
+    """gqa: key/value heads; default: num_heads."""
     head_dim: Positive | None = None
-    """Width of a head; default: dim / num_heads. Must be even (RoPE)."""
-    attention: Literal["gqa"] = "gqa"
-    """Kind of attention."""
+    """gqa: width of a head; default: dim / num_heads. Must be even (RoPE)."""
+    attention: Literal["gqa", "mla"] = "gqa"
+    """Grouped-query attention, or multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1)."""
+    q_lora_rank: Positive | None = None
+    """mla: width of the latent of the queries; default: queries are not compressed."""
+    kv_lora_rank: Positive | None = None
+    """mla: width of the latent that keys and values come from."""
+    qk_nope_head_dim: Positive | None = None
+    """mla: width of a head's query and key without position."""
+    qk_rope_head_dim: Positive | None = None
+    """mla: width of the part with position, whose key all heads share. Must be even (RoPE)."""
+    v_head_dim: Positive | None = None
+    """mla: width of a head's value."""
     rope_theta: PositiveFloat = 10_000.0
     """Base of the rotary frequencies."""
     norm_eps: PositiveFloat = 1e-6

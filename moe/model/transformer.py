@@ -9,17 +9,17 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from moe.balance.losses import RouterLosses
 from moe.balance.stats import RouterStats, stack, zeros
 from moe.config import Config, ModelSection
-from moe.model.attention import Attention, Positions, positions
+from moe.model.attention import ATTENTION, Positions, positions
 from moe.model.experts import SwiGLU, local_part
 from moe.model.layer import MoELayer
 from moe.model.loss import IGNORED, chunked_cross_entropy
+from moe.model.norm import RMSNorm
 from moe.model.router import Router
 from moe.parallel import Ranks
 
@@ -36,18 +36,6 @@ class Output(NamedTuple):
     prob_sum_LE: Tensor | None = None
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, float32 inside (arXiv:1910.07467)."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
-
-
 class Block(nn.Module):
     """x + attention(norm x), then x + mlp(norm x); the MLP is dense or sparse."""
 
@@ -56,7 +44,7 @@ class Block(nn.Module):
         m = config.model
         is_moe = layer >= m.first_k_dense
         self.attention_norm = RMSNorm(m.dim, m.norm_eps)
-        self.attention = Attention(m)
+        self.attention = ATTENTION[m.attention](m)
         self.mlp_norm = RMSNorm(m.dim, m.norm_eps)
         self.moe = MoELayer(config, ranks, layer) if is_moe else None
         dense_dim = m.dense_hidden_dim or (m.top_k + m.num_shared_experts) * m.expert_hidden_dim

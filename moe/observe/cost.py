@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from moe.config import Config
+from moe.config import Config, ModelSection
 
 # Dense bf16 TFLOP/s without sparsity, from the vendors' data sheets: words that a device's name must have, words that it
 # must not have. A GH200, an H100 NVL or a MIG slice is another part than its namesake: measured instead.
@@ -41,31 +41,51 @@ class ParameterCounts(NamedTuple):
 def parameter_counts(config: Config) -> ParameterCounts:
     """From the resolved configuration; the expert bias is a buffer and does not count."""
     m, sparse = config.model, config.num_moe_layers
-    head_dim, kv = m.head_dim or m.dim // m.num_heads, m.num_kv_heads or m.num_heads
+    attention, latent_norms = attention_counts(m)
     dense_dim = m.dense_hidden_dim or (m.top_k + m.num_shared_experts) * m.expert_hidden_dim
     expert = 3 * m.dim * m.expert_hidden_dim
     parts = {
         "embedding": m.vocab_size * m.dim,
         "head": 0 if m.tie_embeddings else m.vocab_size * m.dim,
-        "attention": m.num_layers * m.dim * head_dim * (2 * m.num_heads + 2 * kv),
+        "attention": m.num_layers * attention,
         "dense_mlp": m.first_k_dense * 3 * m.dim * dense_dim,
         "router": sparse * m.num_experts * m.dim,
         "routed_experts": sparse * m.num_experts * expert,
         "shared_experts": sparse * m.num_shared_experts * expert,
-        "norms": (2 * m.num_layers + 1) * m.dim,
+        "norms": (2 * m.num_layers + 1) * m.dim + m.num_layers * latent_norms,
     }
     total = sum(parts.values())
     return ParameterCounts(**parts, total=total, active=total - sparse * (m.num_experts - m.top_k) * expert)
 
 
+def attention_counts(m: ModelSection) -> tuple[int, int]:
+    """(parameters of the matrices, of the norms inside) of one layer's attention."""
+    if m.attention == "gqa":
+        head_dim, kv = m.head_dim or m.dim // m.num_heads, m.num_kv_heads or m.num_heads
+        return m.dim * head_dim * (2 * m.num_heads + 2 * kv), 0
+    qk, v = head_dims(m)
+    kv_rank, nope, rope = m.kv_lora_rank or 0, m.qk_nope_head_dim or 0, m.qk_rope_head_dim or 0
+    queries = m.num_heads * qk
+    q = m.dim * queries if m.q_lora_rank is None else m.q_lora_rank * (m.dim + queries)
+    kv = m.dim * (kv_rank + rope) + kv_rank * m.num_heads * (nope + v)
+    return q + kv + m.num_heads * v * m.dim, kv_rank + (m.q_lora_rank or 0)
+
+
+def head_dims(m: ModelSection) -> tuple[int, int]:
+    """Dims of a head's query and key, and of its value."""
+    if m.attention == "mla":
+        return (m.qk_nope_head_dim or 0) + (m.qk_rope_head_dim or 0), m.v_head_dim or 0
+    head_dim = m.head_dim or m.dim // m.num_heads
+    return head_dim, head_dim
+
+
 def flops_per_token(config: Config) -> float:
     """Forward and backward FLOPs of one token: 6 per active matrix parameter (the embedding look-up is free, the head is
-    not), and 6 S H d per layer for causal attention scores and values (half of the full square)."""
+    not), and per layer 3 S H d for causal attention scores and as much for values (half of the full square)."""
     m = config.model
     counts = parameter_counts(config)
     matrices = counts.active - counts.embedding - counts.norms + (counts.embedding if m.tie_embeddings else 0)
-    head_dim = m.head_dim or m.dim // m.num_heads
-    return 6.0 * matrices + 6.0 * m.num_layers * config.data.seq_len * m.num_heads * head_dim
+    return 6.0 * matrices + 3.0 * m.num_layers * config.data.seq_len * m.num_heads * sum(head_dims(m))
 
 
 def routed_share(config: Config) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,13 +19,14 @@ from moe.train.checkpoint import DCP_FAILURES, census_difference
 MODEL = "engine.model."
 
 
-def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
-    """Every tensor by its path in the state, whole, on the CPU. Unpickles metadata: `manifest.verify` comes first."""
+def read_tensors(checkpoint: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+    """Tensors by their path in the state, whole, on the CPU: all of them, or those with a wanted name. Unpickles metadata:
+    `manifest.verify` comes first."""
     entries = dcp.FileSystemReader(checkpoint / "state").read_metadata().state_dict_metadata
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in entries.items()
-        if isinstance(entry, TensorStorageMetadata)
+        if isinstance(entry, TensorStorageMetadata) and wanted(name)
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on purpose

@@ -40,6 +40,7 @@ from moe.train.guard import SpikeGuard, mean_ce
 from moe.train.optim import learning_rate
 from moe.train.resume import Progress, restore, trainer_json
 from moe.train.saver import Saver
+from moe.train.start import start_from
 from moe.train.watchdog import Watchdog
 
 
@@ -70,6 +71,8 @@ class Run:
         if not resume and (balance := self.engine.read_files()) is not None:
             self.balancer.load_state_dict(balance)
             self.balancer.publish(list(self.routers.values()))
+        if not resume and config.run.start_from is not None:
+            start_from(self)
         self.init_hash = weights_hash(self.engine.weights(), ranks)
         self.watchdog = Watchdog(ranks, run_dir, config.train.timeout_s)
         self.saver = Saver(self.checkpoints, config.checkpoint, ranks, self.saved)
@@ -291,7 +294,8 @@ class Run:
         """What a resumed run may not change; steps, learning rates, logging and the layout of the ranks may."""
         c = self.config
         return {
-            "model": c.model.model_dump(),
+            # Without the settings that are not used: a later version has more of them than an older checkpoint.
+            "model": c.model.model_dump(exclude_none=True),
             "balance.method": c.balance.method,
             "run.seed": c.run.seed,
             "train.batch_size": c.train.batch_size,

@@ -12,7 +12,10 @@ from moe.model.loss import IGNORED, chunked_cross_entropy
 from moe.model.transformer import Transformer
 from moe.parallel import build_ranks
 from tests.ranks import run_ranks
-from tests.tiny import ALONE, CPU, random_tokens, tiny_config
+from tests.tiny import ALONE, CPU, random_tokens, tiny_config, tiny_mla
+
+MLA = tiny_mla(model__q_lora_rank=24)
+both = pytest.mark.parametrize("attention", [{}, MLA], ids=["gqa", "mla"])
 
 
 def model(eos_id=None, **settings):
@@ -54,10 +57,11 @@ def test_chunked_cross_entropy_keeps_no_logits():
     assert max(saved) < 64 * 512
 
 
+@both
 @pytest.mark.parametrize("mode", ["selective", "full"])
-def test_p03_recompute_counts_once_and_changes_nothing(mode):
-    plain, grads = loss_and_grads(model(balance__aux_loss=0.1))
-    out, again = loss_and_grads(model(train__activation_checkpointing=mode, balance__aux_loss=0.1))
+def test_p03_recompute_counts_once_and_changes_nothing(mode, attention):
+    plain, grads = loss_and_grads(model(balance__aux_loss=0.1, **attention))
+    out, again = loss_and_grads(model(train__activation_checkpointing=mode, balance__aux_loss=0.1, **attention))
     assert torch.equal(out.stats.tokens_per_expert, plain.stats.tokens_per_expert)
     assert int(out.stats.tokens_per_expert[0].sum()) == 8 * 16 * 2
     assert torch.equal(out.ce, plain.ce)
@@ -108,8 +112,9 @@ def test_p06_router_stays_float32_under_bf16_conversion():
     assert m.blocks[0].attention.wq.weight.dtype == torch.float16  # the conversion did happen elsewhere
 
 
-def test_p06_router_computes_in_float32_in_a_bfloat16_model():
-    m = model(train__compute_dtype="bfloat16", balance__aux_loss=0.1)
+@both
+def test_p06_router_computes_in_float32_in_a_bfloat16_model(attention):
+    m = model(train__compute_dtype="bfloat16", balance__aux_loss=0.1, **attention)
     router, seen = m.routers[1], []
     router.register_forward_hook(lambda _m, args, out: seen.append((args[0], out)))
     router.expert_bias_E.fill_(0.3)
@@ -119,24 +124,26 @@ def test_p06_router_computes_in_float32_in_a_bfloat16_model():
     assert torch.equal(routing.scores_TE, (x_TD.float() @ router.weight.T).sigmoid())
     assert torch.equal(router.expert_bias_E, torch.full((8,), 0.3))  # float32's 0.3, not bfloat16's
     assert out.ce.dtype == torch.float32 and all(g.dtype == torch.float32 for g in grads.values())
-    assert out.ce.item() == pytest.approx(loss_and_grads(model())[0].ce.item(), rel=1e-2)
+    assert out.ce.item() == pytest.approx(loss_and_grads(model(**attention))[0].ce.item(), rel=1e-2)
 
 
-def test_p08_bias_is_zero_after_meta_initialisation():
+@both
+def test_p08_bias_is_zero_after_meta_initialisation(attention):
     with torch.device("meta"):
-        m = Transformer(tiny_config(), ALONE)
+        m = Transformer(tiny_config(**attention), ALONE)
     m.to_empty(device="cpu")
     for router in m.routers.values():
         router.expert_bias_E.fill_(7.0)  # what to_empty leaves is anything
     m.init_weights(0)
-    other = model()
+    other = model(**attention)
     for (name, a), b in zip(m.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert all((r.expert_bias_E == 0).all() for r in m.routers.values())
 
 
-def test_initial_weights_have_their_std_and_no_two_experts_are_equal():
-    m = model(model__num_experts=16, model__scale_residual_init=True, model__init_std=0.05)
+@both
+def test_initial_weights_have_their_std_and_no_two_experts_are_equal(attention):
+    m = model(model__num_experts=16, model__scale_residual_init=True, model__init_std=0.05, **attention)
     seen = set()
     for name, p in m.named_parameters():
         if "norm" in name:
@@ -218,10 +225,11 @@ def test_p18_all_tokens_to_one_expert_trains_and_the_others_get_zero_gradients()
             assert (grad[2:] == 0).all() and grad[:2].abs().sum() > 0
 
 
-def test_document_mask_isolates_documents():
+@both
+def test_document_mask_isolates_documents(attention):
     x, y = random_tokens(batch=1)
     x[0, 7] = 5  # the end-of-document token
-    m = model(eos_id=5, data__document_mask=True)
+    m = model(eos_id=5, data__document_mask=True, **attention)
     changed = x.clone()
     changed[0, :7] = (changed[0, :7] + 1) % 128
     changed[0, :7] = torch.where(changed[0, :7] == 5, 6, changed[0, :7])
@@ -230,15 +238,16 @@ def test_document_mask_isolates_documents():
     m(x, y), m(changed, y)
     assert torch.allclose(hidden[0][0, 8:], hidden[1][0, 8:], atol=1e-6)
     assert not torch.allclose(hidden[0][0, :7], hidden[1][0, :7], atol=1e-3)
-    plain = model()
+    plain = model(**attention)
     plain.norm.register_forward_hook(lambda _m, _i, out: hidden.append(out))
     plain(x, y), plain(changed, y)
     assert not torch.allclose(hidden[2][0, 8:], hidden[3][0, 8:], atol=1e-6)  # without the mask they do see it
 
 
-def test_evaluation_of_a_token_does_not_depend_on_later_tokens():
+@both
+def test_evaluation_of_a_token_does_not_depend_on_later_tokens(attention):
     x, y = random_tokens(batch=2)
-    m = model().eval()
+    m = model(**attention).eval()
     hidden = []
     m.norm.register_forward_hook(lambda _m, _i, out: hidden.append(out))
     changed = x.clone()
@@ -256,6 +265,20 @@ def test_rope_scores_depend_on_distance_only():
     scores = turned_q @ turned_k.T
     assert torch.allclose(scores.diagonal(-3), scores[3, 0].expand(9), atol=1e-5)
     assert not torch.allclose(scores[3, 0], scores[4, 0], atol=1e-4)
+
+
+def test_the_latents_of_mla_do_not_grow_with_the_heads_and_the_key_with_position_is_shared():
+    m = model(model__num_heads=8, **MLA)
+    shapes = {name: tuple(p.shape) for name, p in m.blocks[0].attention.named_parameters()}
+    assert shapes == {
+        "wq_a.weight": (24, 32),
+        "q_norm.weight": (24,),
+        "wq_b.weight": (8 * 16, 24),
+        "wkv_a.weight": (16 + 4, 32),
+        "kv_norm.weight": (16,),
+        "wkv_b.weight": (8 * (12 + 8), 16),
+        "wo.weight": (32, 8 * 8),
+    }
 
 
 def _layer_on_rank(rank, n, ep, skew):
@@ -285,9 +308,11 @@ def test_p18_p33_dispatch_over_ranks_equals_local(skew):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", ["coordinate", "quantile", "sign"])
-def test_a_compiled_block_is_one_graph_and_the_same_function(method, dtype):
-    settings = {"balance__method": method, "balance__rate": None, "train__compute_dtype": dtype}
+@pytest.mark.parametrize(
+    ("method", "attention"), [("coordinate", {}), ("quantile", {}), ("sign", {}), ("sign", MLA)], ids=str
+)
+def test_a_compiled_block_is_one_graph_and_the_same_function(method, attention, dtype):
+    settings = {"balance__method": method, "balance__rate": None, "train__compute_dtype": dtype, **attention}
     plain, grads = loss_and_grads(model(**settings))
     compiled = model(**settings)
     torch._dynamo.reset()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe.model.transformer import Transformer
-from tests.tiny import ALONE, random_tokens, tiny_config
+from tests.tiny import ALONE, random_tokens, tiny_config, tiny_mla
 
 EOS = 5
 
@@ -28,7 +28,28 @@ def turned(x_Sd, theta):
     return torch.cat([z.real, z.imag], dim=1)
 
 
+def latent_attention(h_SD, p, m, visible_SS):
+    """A head at a time, its rows cut out of the matrices."""
+    nope, rope, v_dim = m.qk_nope_head_dim, m.qk_rope_head_dim, m.v_head_dim
+    queries = h_SD
+    if m.q_lora_rank is not None:
+        queries = norm(h_SD @ p["wq_a.weight"].T, p["q_norm.weight"], 1e-6)
+    wq = p["wq.weight" if m.q_lora_rank is None else "wq_b.weight"]
+    latent = norm(h_SD @ p["wkv_a.weight"][: m.kv_lora_rank].T, p["kv_norm.weight"], 1e-6)
+    shared_key = turned(h_SD @ p["wkv_a.weight"][m.kv_lora_rank :].T, m.rope_theta)
+    heads = []
+    for head in range(m.num_heads):
+        q = queries @ wq[head * (nope + rope) : (head + 1) * (nope + rope)].T
+        kv = latent @ p["wkv_b.weight"][head * (nope + v_dim) : (head + 1) * (nope + v_dim)].T
+        scores = q[:, :nope] @ kv[:, :nope].T + turned(q[:, nope:], m.rope_theta) @ shared_key.T
+        weights = (scores / (nope + rope) ** 0.5).masked_fill(~visible_SS, float("-inf")).softmax(-1)
+        heads.append(weights @ kv[:, nope:])
+    return torch.cat(heads, dim=1) @ p["wo.weight"].T
+
+
 def attention(h_SD, p, m, visible_SS):
+    if m.attention == "mla":
+        return latent_attention(h_SD, p, m, visible_SS)
     heads = []
     for head in range(m.num_heads):
         d, shared = m.head_dim, head // (m.num_heads // m.num_kv_heads)
@@ -114,8 +135,11 @@ COMMON = {
         {},
         {"data__document_mask": True, "model__routed_scaling_factor": 2.5},
         {"model__score_function": "softmax", "model__renormalize": False, "model__tie_embeddings": True},
+        tiny_mla(),
+        tiny_mla(model__q_lora_rank=24, data__document_mask=True),
+        tiny_mla(model__v_head_dim=20),  # wider than queries and keys
     ],
-    ids=["plain", "documents", "softmax"],
+    ids=["plain", "documents", "softmax", "mla", "mla compressed queries, documents", "mla wide values"],
 )
 def test_the_model_is_its_equations_in_value_and_gradient(settings):
     config = tiny_config(**COMMON, **settings)

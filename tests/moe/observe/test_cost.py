@@ -7,7 +7,7 @@ import pytest
 
 from moe.config import DeepSpeedSection, resolve, validate
 from moe.observe import cost
-from tests.tiny import tiny_config, tiny_tree
+from tests.tiny import tiny_config, tiny_mla, tiny_tree
 
 
 def deepseekmoe_16b():
@@ -48,7 +48,13 @@ def test_parameters_are_those_of_the_model():
     from moe.model.transformer import Transformer
     from tests.tiny import ALONE
 
-    for settings in ({}, {"model__tie_embeddings": True}, {"model__num_shared_experts": 0, "model__first_k_dense": 0}):
+    for settings in (
+        {},
+        {"model__tie_embeddings": True},
+        {"model__num_shared_experts": 0, "model__first_k_dense": 0},
+        tiny_mla(),
+        tiny_mla(model__q_lora_rank=24),
+    ):
         config = tiny_config(**settings)
         model = Transformer(config, ALONE)
         assert cost.parameter_counts(config).total == sum(p.numel() for p in model.parameters())
@@ -65,6 +71,21 @@ def test_p42_flops_by_hand():
     weights = 9216 + 4608 + 512 + 2 * 2 * 1536 + 3072 + 128 * 32  # K of E experts; the head, not the embedding
     attention = 3 * 6 * 16 * 4 * 8  # layers * 6 * S * H * head_dim: forward and backward, causal half
     assert cost.flops_per_token(config) == 6 * weights + attention
+
+
+def test_latent_attention_by_hand():
+    # 4 heads, latents of 24 and 16, queries and keys of 12 + 4 dims, values of 8.
+    config = tiny_config(**tiny_mla(model__q_lora_rank=24))
+    p = cost.parameter_counts(config)
+    assert p.attention == 3 * ((32 * 24 + 24 * 64) + (32 * (16 + 4) + 16 * 4 * 20) + 4 * 8 * 32)
+    assert p.norms == (2 * 3 + 1) * 32 + 3 * (24 + 16)
+    plain = cost.parameter_counts(tiny_config())
+    assert p.total - p.attention - p.norms == plain.total - plain.attention - plain.norms
+    products = 3 * 3 * 16 * 4 * (16 + 8)  # layers * 3 * S * H * (dims of a key + of a value)
+    matrices = p.active - p.embedding - p.norms
+    assert cost.flops_per_token(config) == 6 * matrices + products
+    direct = cost.parameter_counts(tiny_config(**tiny_mla()))
+    assert direct.attention == 3 * (32 * 64 + (32 * (16 + 4) + 16 * 4 * 20) + 4 * 8 * 32)
 
 
 def test_p42_flops_of_a_tied_head_are_counted():

@@ -41,6 +41,9 @@ SMALL = """
 --checkpoint.every 0
 """
 SMALL_WORDS = SMALL.split()
+GQA = "--model.num_kv_heads 2 --model.head_dim 8"
+MLA = """--model.kv_lora_rank 16 --model.qk_nope_head_dim 8 --model.qk_rope_head_dim 4 --model.v_head_dim 8 --model.num_groups 2
+--model.group_top_k 1 --model.first_k_dense 1"""
 
 
 def config(data, world_size=1, **settings):
@@ -211,8 +214,10 @@ def test_p05_bias_moves_in_every_preset(tmp_path, preset):
     from moe.config import resolve
 
     data = make_token_folder(tmp_path / "data")
+    latent = load([str(file) for file in preset]).model.attention == "mla"
+    words = SMALL.replace(GQA, MLA).split() if latent else SMALL_WORDS
     c = resolve(
-        load([str(file) for file in preset], [*SMALL_WORDS, "--data.path", str(data), "--observe.peak_tflops", "1.0"])
+        load([str(file) for file in preset], [*words, "--data.path", str(data), "--observe.peak_tflops", "1.0"])
     )
     assert c.balance.method != "none"
     run = Run(c, ALONE, tmp_path, False)
