@@ -66,17 +66,16 @@ def coordinate_minimiser_binned(histogram_LEB: Tensor, target_L1: Tensor) -> Ten
     falls with the number of tokens that tie, whoever got them: the rare ones come first, and their order keeps still.
     """
     half, edges = RESPONSE_BINS // 2, response_edges(histogram_LEB.device)
-    edges = torch.cat([edges[:half], edges[half + 1 :]])
-    tied_LE1 = histogram_LEB[..., half - 1 : half + 1].sum(-1, keepdim=True)
-    histogram_LEB = torch.cat([histogram_LEB[..., : half - 1], tied_LE1, histogram_LEB[..., half + 1 :]], dim=-1)
     below_LEB = histogram_LEB.cumsum(-1)
     total_LE1 = below_LEB[..., -1:]
     # The highest bin such that it and all bins above hold L, in integers: at most total - ceil(L) lie below it.
     room_LE1 = (total_LE1 - target_L1.ceil().long()[..., None]).contiguous()
-    index = torch.searchsorted(below_LEB, room_LE1, right=True).clamp_max(RESPONSE_BINS - 2)
-    inside, above = histogram_LEB.gather(-1, index), total_LE1 - below_LEB.gather(-1, index)
+    index = torch.searchsorted(below_LEB, room_LE1, right=True).clamp_max(RESPONSE_BINS - 1)
+    first, last = index - (index == half).long(), index + (index == half - 1).long()
+    inside = histogram_LEB.gather(-1, first) + histogram_LEB.gather(-1, last) * (first < last)
+    above = total_LE1 - below_LEB.gather(-1, last)
     share = ((target_L1[..., None] - above) / inside.clamp_min(1)).clamp(0, 1)
-    upper, lower = edges[index + 1], edges[index]
+    upper, lower = edges[last + 1], edges[first]
     return -(upper + share * (lower - upper)).squeeze(-1)
 
 
