@@ -72,8 +72,9 @@ def coordinate_minimiser_binned(histogram_LEB: Tensor, target_L1: Tensor) -> Ten
     room_LE1 = (total_LE1 - target_L1.ceil().long()[..., None]).contiguous()
     index = torch.searchsorted(below_LEB, room_LE1, right=True).clamp_max(RESPONSE_BINS - 1)
     first, last = index - (index == half).long(), index + (index == half - 1).long()
-    inside = histogram_LEB.gather(-1, first) + histogram_LEB.gather(-1, last) * (first < last)
-    above = total_LE1 - below_LEB.gather(-1, last)
+    up_to_last = below_LEB.gather(-1, last)
+    inside = up_to_last - below_LEB.gather(-1, (first - 1).clamp_min(0)) * (first > 0)
+    above = total_LE1 - up_to_last
     share = ((target_L1[..., None] - above) / inside.clamp_min(1)).clamp(0, 1)
     upper, lower = edges[last + 1], edges[first]
     return -(upper + share * (lower - upper)).squeeze(-1)
