@@ -157,7 +157,7 @@ def _fill_normal(part: Tensor, first: Sequence[int], shape: torch.Size, std: flo
     part.copy_(whole[tuple(slice(at, at + size) for at, size in zip(first, part.shape, strict=True))] * std)
 
 
-_EXPENSIVE = {"mm", "bmm", "addmm", "_grouped_mm", "topk", "max", "sort"}
+_EXPENSIVE = {"mm", "bmm", "addmm", "_grouped_mm", "grouped_mm", "grouped_gemm", "moe_mlp", "topk", "max", "sort"}
 
 
 def _keep_expensive(ctx, op, *args, **kwargs) -> CheckpointPolicy:
