@@ -15,6 +15,7 @@ COMMANDS = {
     "eval": ("launch.eval", "held-out loss and zero-shot questions of a run"),
     "export": ("launch.export", "write a run's model as a Hugging Face folder"),
     "import": ("launch.import_model", "continue from, or upcycle, a Hugging Face checkpoint"),
+    "plan": ("launch.plan", "memory, traffic and days of a run on a cluster, on paper"),
     "ckpt": ("launch.ckpt", "list, verify and compare checkpoints"),
     "doctor": ("launch.doctor", "check this machine: versions, devices, collectives, disk, data"),
     "slurm": ("launch.slurm", "write the sbatch script of a run on several machines"),
