@@ -35,8 +35,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """0, 2 (usage, or no architecture fits), 3 (data) or 5 (damaged checkpoint)."""
     options = parser().parse_args(argv)
+    out = Path(options.out)
     try:
-        out = Path(options.out)
         if out.exists() or out.is_symlink():
             raise ConfigError(f"{out} exists: name a folder that does not, or remove it")
         checkpoint = found(Path(options.run))[-1]
@@ -44,7 +44,10 @@ def main(argv: list[str]) -> int:
     except Damaged as error:
         print(f"error: {error}", file=sys.stderr)
         return DAMAGED
-    except (ValueError, OSError) as error:  # ConfigError, HfError and DataError are ValueErrors
+    except OSError as error:
+        print(f"error: {out} cannot be written ({error}): name another folder, or free disk space", file=sys.stderr)
+        return 2
+    except ValueError as error:  # ConfigError, HfError and DataError
         print(f"error: {error}", file=sys.stderr)
         return 3 if type(error).__name__ == "DataError" else 2
     print(f"{out}: {about}")

@@ -147,6 +147,8 @@ class Checkpoint:
 
     def __init__(self, folder: Path, experts: dict[str, int] | None = None):
         self.folder = folder
+        if not folder.is_dir():
+            raise HfError(f"{folder} is not a folder: name the folder of a Hugging Face checkpoint in safetensors")
         self.config = self._json("config.json")
         self._ours = from_hf(self.config, experts)
         self.model = self._ours.model
@@ -206,15 +208,10 @@ class Checkpoint:
                 + (f" ({len(missing)} of {len(wanted)} are missing)" if len(missing) > 1 else "")
                 + ": fetch its files again"
             )
-        beyond = (
-            re.compile(rf"model\.layers\.({'|'.join(map(str, self._extra_layers()))})\.")
-            if self._extra_layers()
-            else None
-        )
         known = set(wanted) | {"lm_head.weight"} if self.model.tie_embeddings else set(wanted)
         for name in sorted(self._files.keys() - known):
             empty = 0 in self._files[name].get_slice(name).get_shape()
-            if not (empty or name.endswith("rotary_emb.inv_freq") or (beyond and beyond.match(name))):
+            if not (empty or name.endswith("rotary_emb.inv_freq") or self._is_extra(name)):
                 raise HfError(
                     f"{self.folder} has a tensor {name}, which this model has no place for: choose another checkpoint"
                 )
@@ -230,10 +227,12 @@ class Checkpoint:
                     f"{name} is {dtype}, and weights are read from {', '.join(sorted(READ))}: convert the checkpoint first"
                 )
 
-    def _extra_layers(self) -> range:
-        """Layers of multi-token prediction, behind the last one: left out."""
-        last = self.model.num_layers
-        return range(last, last + int(self.config.get("num_nextn_predict_layers") or 0))
+    def _is_extra(self, name: str) -> bool:
+        """Of a layer of multi-token prediction, behind the last one: left out."""
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        extra = self.config.get("num_nextn_predict_layers")
+        first = self.model.num_layers
+        return layer is not None and isinstance(extra, int) and first <= int(layer[1]) < first + extra
 
     def counts(self) -> ParameterCounts:
         """Of the model that it makes."""

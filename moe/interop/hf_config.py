@@ -163,13 +163,15 @@ def from_hf(config: dict[str, Any], experts: dict[str, int] | None = None) -> Co
     and ConfigError for sizes that the model cannot have.
     """
     model_type = config.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise HfError(
             f"model_type = {model_type!r} of config.json is not an architecture that this model can compute: "
             f"choose a checkpoint of {', '.join(ARCHITECTURES)}"
         )
     a, config = ARCHITECTURES[model_type], ABSENT.get(model_type, {}) | config
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise HfError(f"the rope settings of config.json are {rope!r}, not an object: restore the file")
     scaling = rope.get("rope_type", rope.get("type", "default"))
     if scaling != "default":
         raise HfError(
@@ -184,12 +186,6 @@ def from_hf(config: dict[str, Any], experts: dict[str, int] | None = None) -> Co
                 f"{name} = {config[name]!r} of config.json is not what this model computes, which is {name} = {value!r}: "
                 "choose another checkpoint"
             )
-    last = config.get("num_hidden_layers", 0) - 1
-    if config.get("moe_layer_end_index", last) not in (-1, last):
-        raise HfError(
-            f"moe_layer_end_index = {config['moe_layer_end_index']} of config.json ends the sparse layers before the last one, "
-            f"{last}, which this model cannot: choose another checkpoint"
-        )
     if not a.takes_experts and experts is None:
         raise HfError(
             f"config.json is of a dense model ({model_type}): name the experts that it is to become, --experts 8 --top-k 2"
@@ -204,14 +200,20 @@ def from_hf(config: dict[str, Any], experts: dict[str, int] | None = None) -> Co
     if not a.takes_experts:
         assert experts is not None, "refused above"
         found |= {**experts, "expert_hidden_dim": found["dense_hidden_dim"], "first_k_dense": 0, "renormalize": True}
-    found["rope_theta"] = float(
-        rope.get("rope_theta", config.get("rope_theta", DEFAULT_THETA.get(model_type, 10_000.0)))
-    )
-    for name in ("norm_eps", "init_std", "routed_scaling_factor"):
-        if isinstance(found.get(name), int):
+    theta = rope.get("rope_theta") or config.get("rope_theta") or DEFAULT_THETA.get(model_type, 10_000.0)
+    found["rope_theta"] = theta
+    for name in ("norm_eps", "init_std", "routed_scaling_factor", "rope_theta"):
+        if type(found.get(name)) is int:  # JSON has whole floats without a point
             found[name] = float(found[name])
     needed = {"data": {"seq_len": 1}, "optim": {"lr": 1.0}, "train": {"steps": 1, "batch_size": 1}}
-    return resolve(validate({"model": found, **needed}))  # ConfigError, with the path model.x
+    ours = resolve(validate({"model": found, **needed}))  # ConfigError, with the path model.x
+    last = config.get("moe_layer_end_index", -1)
+    if last not in (-1, ours.model.num_layers - 1):
+        raise HfError(
+            f"moe_layer_end_index = {last} of config.json ends the sparse layers before the last layer, which this model "
+            "cannot: choose another checkpoint"
+        )
+    return ours
 
 
 def is_interleaved(config: dict[str, Any]) -> bool:

@@ -148,6 +148,7 @@ def test_bad_words_are_one_sentence(trained, out, tmp_path, capsys):
     assert "exists" in refused(capsys, 2, "export", trained, out)
     assert "holds no checkpoint" in refused(capsys, 2, "export", tmp_path, tmp_path / "x")
     assert "has no meta.json" in refused(capsys, 3, "export", trained, tmp_path / "x", "--data", tmp_path)
+    assert "cannot be written" in refused(capsys, 2, "export", trained, "/proc/no/x")
     assert "has no config.json" in refused(capsys, 5, "import", tmp_path)
     assert "belong together" in refused(capsys, 2, "import", out, "--experts", "8")
     assert "is a sparse one" in refused(capsys, 2, "import", out, "--experts", "8", "--top-k", "2")

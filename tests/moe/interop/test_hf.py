@@ -276,6 +276,8 @@ REFUSED = {
     "activation": (lambda f: edit(f, hidden_act="gelu"), "hidden_act = 'gelu'", "'silu'"),
     "selection": (lambda f: edit(f, topk_method="greedy"), "topk_method = 'greedy'", "noaux_tc"),
     "no size": (lambda f: edit(f, kv_lora_rank=None), "no kv_lora_rank"),
+    "no folder": (lambda f: f.rename(f.with_name("elsewhere")), "is not a folder"),
+    "no layers": (lambda f: edit(f, num_hidden_layers=None), "no num_hidden_layers"),
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
     "list for a config": (lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
@@ -317,6 +319,23 @@ def test_bad_checkpoints_are_one_sentence(what, tmp_path):
     sentence = str(refusal.value)
     assert all(part in sentence for part in says), sentence
     assert "\n" not in sentence and ": " in sentence
+
+
+@pytest.mark.parametrize("case", ["deepseek_v3", "ernie4_5_moe"])
+def test_whatever_config_json_says_the_answer_is_a_model_or_one_sentence(case, tmp_path):
+    export(ours(case), tmp_path / "out")
+    whole = (tmp_path / "out/config.json").read_text()
+    answers = set()
+    for key in json.loads(whole):
+        for value in (None, "x", -1, 0, 1.5, True, [], {}, {"rope_type": []}):
+            (tmp_path / "out/config.json").write_text(json.dumps(json.loads(whole) | {key: value}))
+            try:
+                Checkpoint(tmp_path / "out")
+                answers.add("model")
+            except (HfError, ConfigError) as error:
+                assert "\n" not in str(error), (key, value)
+                answers.add("sentence")
+    assert answers == {"model", "sentence"}
 
 
 def test_sizes_that_the_model_cannot_have_are_the_configurations_own_sentence(tmp_path):

@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_one_sentence(folders, tmp_path):
     says = r"model\.routed_scaling_factor = 2\.0 differs from its 1\.0: take the \[model\] section"
     with pytest.raises(CheckpointError, match=says):
         start(model__routed_scaling_factor=2.0)
-    with pytest.raises(CheckpointError, match=r"run\.start_from = '.*nowhere': .*has no config\.json"):
+    with pytest.raises(CheckpointError, match=r"run\.start_from = '.*nowhere': .*is not a folder"):
         start(tmp_path / "nowhere")
     start(model__init_std=0.5, model__train_router=False)  # of no weight that is there
     other = tmp_path / "other"
