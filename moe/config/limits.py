@@ -25,7 +25,7 @@ def resolve(config: Config, world_size: int = 1, cuda: bool = False) -> Config:
     _check_megatron(config, cuda)
     m, t, b, o = config.model, config.train, config.balance, config.observe
     kv_heads, head_dim = m.num_kv_heads or m.num_heads, m.head_dim or m.dim // m.num_heads
-    in_theory = m.group_top_k >= m.num_groups and b.method not in ASSIGNMENTS
+    in_theory = m.group_top_k >= m.num_groups and b.method not in ASSIGNMENTS and config.parallel.pp == 1
     return config.model_copy(
         update={
             "model": m.model_copy(
@@ -36,7 +36,7 @@ def resolve(config: Config, world_size: int = 1, cuda: bool = False) -> Config:
             ),
             "train": t.model_copy(
                 update={
-                    "micro_batch_size": t.micro_batch_size or t.batch_size // world_size,
+                    "micro_batch_size": t.micro_batch_size or t.batch_size // config.data_ranks(world_size),
                     "compute_dtype": t.compute_dtype or ("bfloat16" if cuda else "float32"),
                 }
             ),
@@ -140,7 +140,14 @@ def _check_mla(m: ModelSection) -> None:
 
 
 def _check_ranks(config: Config, world_size: int) -> None:
-    ep, experts = config.parallel.ep, config.model.num_experts
+    p, ep, experts = config.parallel, config.parallel.ep, config.model.num_experts
+    _check_shared(config, world_size)
+    stage = world_size // p.pp
+    _require(
+        p.pp == 1 or stage % ep == 0,
+        f"parallel.ep = {ep} does not divide the {stage} ranks of a stage ({world_size} ranks, parallel.pp = {p.pp}): set "
+        f"parallel.ep to a divisor of {stage}, or lower parallel.pp",
+    )
     _require(
         world_size % ep == 0,
         f"parallel.ep = {ep} does not divide the {world_size} ranks: start a multiple of {ep} processes "
@@ -165,16 +172,74 @@ def _check_ranks(config: Config, world_size: int) -> None:
         f"parallel.dispatch = 'padded' may run a step twice, and observe.record_scores = {recorded} would record it twice: "
         "set parallel.dispatch to exact while scores are recorded",
     )
-    batch, micro = config.train.batch_size, config.train.micro_batch_size
+    batch, micro, data = config.train.batch_size, config.train.micro_batch_size, config.data_ranks(world_size)
+    who = f"{data} ranks" if data == world_size else f"{data} groups of parallel.tp * parallel.pp = {p.tp * p.pp} ranks"
     _require(
-        batch % world_size == 0,
-        f"train.batch_size = {batch} is not divisible by the {world_size} ranks: set it to a multiple of {world_size}",
+        batch % data == 0,
+        f"train.batch_size = {batch} is not divisible by the {who}: set it to a multiple of {data}",
     )
     _require(
-        micro is None or (batch // world_size) % micro == 0,
-        f"train.micro_batch_size = {micro} does not divide the {batch // world_size} sequences of a rank "
-        f"(train.batch_size = {batch} over {world_size} ranks): choose a divisor of {batch // world_size}",
+        micro is None or (batch // data) % micro == 0,
+        f"train.micro_batch_size = {micro} does not divide the {batch // data} sequences of a rank "
+        f"(train.batch_size = {batch} over {who}): choose a divisor of {batch // data}",
     )
+
+
+def _check_shared(config: Config, world_size: int) -> None:
+    """What several ranks may share beyond the experts."""
+    p, m, b = config.parallel, config.model, config.balance
+    _require(
+        p.cp == 1,
+        f"parallel.cp = {p.cp} shares a sequence in attention, which Megatron-core leaves to Transformer Engine and no engine "
+        "here has been run with: set it to 1, and parallel.tp to share the activations of long sequences",
+    )
+    for name in ("tp", "pp"):
+        _require(
+            getattr(p, name) == 1 or config.train.engine == "megatron",
+            f"parallel.{name} = {getattr(p, name)} is Megatron-core's, and train.engine = {config.train.engine!r}: set "
+            f"parallel.{name} to 1, or train.engine to megatron",
+        )
+    _require(
+        world_size % (p.tp * p.pp) == 0,
+        f"parallel.tp * parallel.pp = {p.tp} * {p.pp} does not divide the {world_size} ranks: start a multiple of "
+        f"{p.tp * p.pp} processes, or lower one of them",
+    )
+    _require(
+        m.num_layers % p.pp == 0,
+        f"parallel.pp = {p.pp} does not divide model.num_layers = {m.num_layers}: choose a divisor of {m.num_layers}",
+    )
+    _require(
+        p.pp == 1 or not m.tie_embeddings,
+        f"model.tie_embeddings = true keeps one matrix at both ends of parallel.pp = {p.pp} stages: set it to false, or "
+        "parallel.pp to 1",
+    )
+    recorded = config.observe.record_scores
+    _require(
+        p.pp == 1 or not recorded,
+        f"observe.record_scores = {recorded} needs every layer's scores on one rank, and parallel.pp = {p.pp} spreads the "
+        "layers: set it to 0, or parallel.pp to 1",
+    )
+    if p.tp == 1:
+        return
+    widths = {
+        "model.num_heads": m.num_heads,
+        "model.num_kv_heads": m.num_kv_heads or m.num_heads,
+        "model.vocab_size": m.vocab_size,
+        "model.dense_hidden_dim": m.dense_hidden_dim or (m.top_k + m.num_shared_experts) * m.expert_hidden_dim,
+        "model.num_shared_experts * model.expert_hidden_dim": m.num_shared_experts * m.expert_hidden_dim,
+        "data.seq_len": config.data.seq_len,
+    }
+    for name, width in widths.items():
+        _require(
+            width % p.tp == 0,
+            f"parallel.tp = {p.tp} does not divide {name} = {width}: choose a divisor of it, or set parallel.tp to 1",
+        )
+    for name in ("aux_loss", "group_loss"):
+        _require(
+            not getattr(b, name),
+            f"balance.{name} = {getattr(b, name)} is taken of whole sequences, and parallel.tp = {p.tp} gives a rank a part of "
+            "each: set it to 0 (the bias and balance.phi_loss balance there), or parallel.tp to 1",
+        )
 
 
 def _check_deepspeed(config: Config, cuda: bool) -> None:
