@@ -50,10 +50,11 @@ def config(n: int, engine: str, ep: int = 2, **settings: Any) -> Config:
 
 
 def batches(rank: int, n: int, step: int) -> list[Batch]:
-    """Micro-batches of two sequences; in odd steps one sequence is padded."""
+    """Micro-batches of two sequences; in odd steps every fourth sequence is padded."""
     found = share(rank, n, step, 2)
     if step % 2:
-        found[0].targets_BS[0, 5:] = IGNORED
+        for batch in found[::2]:
+            batch.targets_BS[0, 5:] = IGNORED
     return found
 
 
@@ -77,7 +78,7 @@ class Pair:
             off.append(float((out.scores_TE - exact_TE).abs().max()))
 
         hooks = [router.register_forward_hook(note) for router in self.routers.values()]
-        out = self.engine.forward_backward(batches(self.ranks.rank, self.ranks.world_size, number))
+        out = self.engine.forward_backward(batches(self.ranks.data_rank, self.ranks.data_size, number))
         for hook in hooks:
             hook.remove()
         done = self.engine.step()
@@ -91,8 +92,8 @@ class Pair:
             "counts": stats.tokens_per_expert.tolist(),
             "tokens": stats.tokens.tolist(),
             "bias": torch.stack([router.expert_bias_E for router in self.routers.values()]).tolist(),
-            "off": max(off),
-            "ids": [np.sort(np.concatenate(each), -1).tolist() for each in ids.values()],
+            "off": max(off, default=0.0),
+            "ids": [np.sort(np.concatenate(each), -1).tolist() for each in ids.values() if each],
         }
 
     def state(self) -> dict[str, np.ndarray]:
