@@ -37,7 +37,9 @@ from moe.train.data import Batch
 from moe.train.engines import StepOutput
 from moe.train.engines.megatron_setup import (
     MegatronRouter,
+    autocast,
     block_spec,
+    gpt_settings,
     start_megatron,
     tensor_group,
     transformer_config,
@@ -155,13 +157,9 @@ class MegatronTransformer(nn.Module):
         gpt = GPTModel(
             config=theirs,
             transformer_layer_spec=block_spec(config, theirs, self.uses_te, ranks.device),
-            vocab_size=m.vocab_size,
-            max_sequence_length=config.data.seq_len,
             pre_process=self.begins,
             post_process=self.ends,
-            share_embeddings_and_output_weights=m.tie_embeddings,
-            position_embedding_type="rope",
-            rotary_base=m.rope_theta,  # type: ignore[arg-type]
+            **gpt_settings(config),
         ).to(ranks.device)
         for name, parameter in gpt.named_parameters():
             if ".mlp.experts." in name:
@@ -173,7 +171,7 @@ class MegatronTransformer(nn.Module):
         here = {router.router.layer: router.router for router in self.megatron_routers}
         layers = range(m.first_k_dense, m.num_layers)
         elsewhere = {layer: Elsewhere(config, layer, ranks.device) for layer in layers if layer not in here}
-        self._routers = [here[layer] if layer in here else elsewhere[layer] for layer in layers]
+        self._routers: list[Any] = [here[layer] if layer in here else elsewhere[layer] for layer in layers]
 
     @property
     def routers(self) -> dict[int, Any]:
@@ -255,7 +253,7 @@ class MegatronTransformer(nn.Module):
         if padding_BS is not None and not self.begins:  # the first stage alone does this by itself
             size, rank = self.config.parallel.tp, parallel_state.get_tensor_model_parallel_rank()
             padding_BS = padding_BS.chunk(size, dim=1)[rank]
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.train.compute_dtype == "bfloat16"):
+        with autocast(self.config, device):
             mask = None if self.uses_te else hidden  # Transformer Engine has its own causal mask
             return self.gpt(tokens_BS, positions_BS, mask, labels=labels_BS, padding_mask=padding_BS)
 

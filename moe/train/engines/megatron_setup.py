@@ -118,6 +118,23 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
     )
 
 
+def gpt_settings(config: Config) -> dict[str, Any]:
+    """What a GPTModel wants to know beside its TransformerConfig."""
+    m = config.model
+    return {
+        "vocab_size": m.vocab_size,
+        "max_sequence_length": config.data.seq_len,
+        "share_embeddings_and_output_weights": m.tie_embeddings,
+        "position_embedding_type": "rope",
+        "rotary_base": m.rope_theta,
+    }
+
+
+def autocast(config: Config, device: torch.device) -> torch.autocast:
+    """Around the GPTModel: bfloat16 in the products; parameters, residual stream and (inside it, off) router float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.train.compute_dtype == "bfloat16")
+
+
 def block_spec(config: Config, theirs: TransformerConfig, use_te: bool, device: torch.device) -> Any:
     """Megatron's layers, with our router in the sparse ones, and our norm where Transformer Engine's is not: torch's, which
     Megatron would take, refuses sequence parallelism."""
