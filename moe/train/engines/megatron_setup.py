@@ -141,15 +141,18 @@ def block_spec(config: Config, theirs: TransformerConfig, use_te: bool, device: 
     spec: Any = get_gpt_decoder_block_spec(theirs, use_transformer_engine=use_te, normalization="RMSNorm")
     for layer, built in enumerate(spec.layer_specs, start=get_transformer_layer_offset(theirs)):
         if layer >= config.model.first_k_dense:
-            # 0.16: a ModuleSpec; 0.19: a partial of the layer's class.
-            mlp = built.submodules.mlp
-            submodules = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
-            submodules.router = partial(MegatronRouter, config, device)
+            submodules_of(built).router = partial(MegatronRouter, config, device)
         if not use_te:
             built.submodules.input_layernorm = built.submodules.pre_mlp_layernorm = Norm
     if not use_te:
         spec.layer_norm = Norm
     return spec
+
+
+def submodules_of(layer: Any) -> Any:
+    """The parts of the sparse MLP in a layer's specification."""
+    mlp = layer.submodules.mlp  # 0.16: a ModuleSpec; 0.19: a partial of the layer's class
+    return mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
 
 
 class Norm(RMSNorm):
