@@ -18,13 +18,14 @@ import torch
 from moe.balance import BALANCERS, build_balancer
 from moe.config import ASSIGNMENTS
 from moe.observe.scores import probe_scores
-from moe.parallel import Ranks
+from moe.parallel import Ranks, build_ranks
 from moe.train import checkpoint
 from moe.train.about import weights_hash
-from moe.train.engines import Engine
+from moe.train.engines import Engine, build_engine
 from moe.train.evaluate import evaluate
 from tests.moe.train.engines.layouts import LR, Step, build, replay, share, whole
 from tests.ranks import run_ranks
+from tests.tiny import CPU, tiny_config
 
 CLIP = 0.3  # below the norm of every step: clipping is at work, and shows in the moments
 MICRO = 2
@@ -330,3 +331,32 @@ def test_one_process_needs_no_launcher(alone):
     for steps in run_ranks(single, 1, ["zero_0", "zero_1", "zero_3"])[0]:
         for step, expected in zip(steps, alone["steps"], strict=False):
             assert step.loss == pytest.approx(expected.loss, rel=1e-5) and step.counts == expected.counts
+
+
+def offloaded(rank: int, n: int, stages: list[int]) -> list[tuple]:
+    """Steps and state without and with offload, which `resolve` allows on a GPU alone."""
+    found = []
+    for stage in stages:
+        parts = []
+        for offload in (False, True):
+            base = {"optim__lr": LR, "optim__grad_clip": CLIP, "train__micro_batch_size": MICRO, "parallel__ep": 2}
+            config = tiny_config(n, **base | ZERO[f"zero_{stage}"])
+            section = config.deepspeed.model_copy(update={"offload_optimizer": offload})
+            ranks = build_ranks(rank, n, CPU, 2)
+            engine = build_engine(config.model_copy(update={"deepspeed": section}), ranks, 0)
+            balancer = build_balancer(config.balance, list(engine.model.routers), 8, config.model.top_k)
+            pair = Pair(engine, balancer, ranks)
+            steps = [train(pair, step) for step in range(3)]
+            parts.append(([(step.loss, step.norm, step.bias) for step in steps], state_of(engine)))
+        found.append(parts)
+    return found
+
+
+@needs_deepspeed
+def test_an_optimizer_on_the_host_trains_the_same():
+    """To the bit in stage 1; in stage 3 the norm is summed in another order."""
+    for one, three in run_ranks(offloaded, 2, [1, 3], timeout_s=300):
+        assert one[0][0] == one[1][0] and same(one[0][1], one[1][1])
+        for (loss, norm, bias), (other_loss, other_norm, other_bias) in zip(three[0][0], three[1][0], strict=True):
+            assert loss == other_loss and norm == pytest.approx(other_norm, rel=1e-6) and bias == other_bias
+        assert all(close(value, three[0][1][key], 1e-5) for key, value in three[1][1].items())
