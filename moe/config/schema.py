@@ -177,7 +177,7 @@ class TrainSection(Section):
     profile: bool = False
     """Write a profiler trace (and on CUDA a memory snapshot) of steps 6 to 8 into the run folder."""
     engine: Literal["native", "deepspeed", "megatron"] = "native"
-    """What runs the model: torch alone, DeepSpeed's ZeRO (its own section), or Megatron-core's layers and dispatchers (on GPUs)."""
+    """What runs the model: torch alone, DeepSpeed's ZeRO (its own section), or Megatron-core's layers and dispatchers (on GPUs): docs/engines.md."""
 
 
 class DeepSpeedSection(Section):
