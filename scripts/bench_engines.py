@@ -139,7 +139,7 @@ class StockMegatron(Arm):
         ce = engine.model._run(tokens_BS, None, targets_BS).sum()
         (ce / (targets_BS.numel() * self.ranks.world_size)).backward()
         finalize_model_grads([gpt])  # moves the bias too
-        for parameter in engine.dense_parameters + engine.expert_parameters:
+        for parameter in engine.trained.values():
             parameter.grad = parameter.main_grad
         engine.step()
         return ce.detach() / (targets_BS.numel() * self.ranks.world_size)

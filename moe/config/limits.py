@@ -159,7 +159,8 @@ def _check_ranks(config: Config, world_size: int) -> None:
     )
     edp, local = world_size // ep, experts // ep
     widths = (("dim", config.model.dim), ("expert_hidden_dim", 2 * config.model.expert_hidden_dim))
-    for name, width in widths if config.parallel.data == "shard" and local % edp else ():
+    rows = config.parallel.data == "shard" and config.train.engine == "native" and local % edp
+    for name, width in widths if rows else ():
         _require(
             width % edp == 0,
             f"parallel.data = 'shard' cannot divide the {local} experts of a rank, nor model.{name} = "
@@ -290,11 +291,6 @@ def _check_megatron(config: Config, cuda: bool) -> None:
         find_spec("megatron") is not None,
         f"{engine} needs the package megatron-core, which is not installed: pip install 'alf-moe[megatron]', or set "
         "train.engine to native",
-    )
-    _require(
-        p.data == "replicate",
-        f"parallel.data = {p.data!r} is how the native engine shards, and {engine} holds all on every rank: set "
-        "parallel.data to replicate, or train.engine to native",
     )
     _require(
         p.dispatch == "exact",

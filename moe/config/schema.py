@@ -120,7 +120,8 @@ class ParallelSection(Section):
     cp: Positive = 1
     """Ranks that share a sequence in attention: only 1, because no engine here does it."""
     data: Literal["replicate", "shard"] = "replicate"
-    """What data-parallel ranks hold: all of the parameters and optimizer state (DDP), or a share (FSDP2)."""
+    """What data-parallel ranks hold: all of the parameters and optimizer state (DDP), or a share (FSDP2; under Megatron-core, of
+    the optimizer's state alone)."""
     dispatch: Literal["exact", "padded"] = "exact"
     """How rows travel between the ranks of ep: blocks of their own size, for which the host waits once a layer; or blocks of
     capacity_factor, without a wait, and a step in which one overflows is repeated with exact blocks: nothing is dropped."""
@@ -177,7 +178,8 @@ class TrainSection(Section):
     profile: bool = False
     """Write a profiler trace (and on CUDA a memory snapshot) of steps 6 to 8 into the run folder."""
     engine: Literal["native", "deepspeed", "megatron"] = "native"
-    """What runs the model: torch alone, DeepSpeed's ZeRO (its own section), or Megatron-core's layers and dispatchers (on GPUs): docs/engines.md."""
+    """What runs the model: torch alone, DeepSpeed's ZeRO (its own section), or Megatron-core's layers and dispatchers, which
+    need GPUs (docs/engines.md)."""
 
 
 class DeepSpeedSection(Section):

@@ -138,7 +138,6 @@ CONFIGURATION = [
         "set it to false",
     ),
     ("--train.engine megatron", "train.engine = 'megatron'", "needs a GPU", "set it to native"),
-    ("--train.engine megatron --parallel.data shard", "parallel.data = 'shard'", "set parallel.data to replicate"),
     ("--train.engine megatron --parallel.dispatch padded", "parallel.dispatch = 'padded'", "exact"),
     ("--train.engine megatron --data.document_mask true", "data.document_mask = true", "set it to false"),
     (

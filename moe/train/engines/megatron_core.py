@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -34,17 +34,19 @@ from moe.model.loss import IGNORED
 from moe.model.transformer import Output, fill_weights
 from moe.parallel import Ranks
 from moe.train.data import Batch
-from moe.train.engines import StepOutput
+from moe.train.engines import StepOutput, StepResult
 from moe.train.engines.megatron_setup import (
     MegatronRouter,
     autocast,
     block_spec,
+    ddp_config,
     gpt_settings,
     start_megatron,
     tensor_group,
     transformer_config,
     uses_transformer_engine,
 )
+from moe.train.engines.megatron_shards import pieces
 from moe.train.engines.megatron_weights import from_ours, plain, rows, to_ours
 from moe.train.engines.native import NativeEngine, sum_of_squares
 from moe.train.optim import build_optimizer
@@ -58,17 +60,34 @@ class MegatronEngine(NativeEngine):
     model: Any
 
     def __init__(self, config: Config, ranks: Ranks, eos_id: int):
-        self.config, self.ranks, self.sharded = config, ranks, False
+        self.config, self.ranks, self.sharded = config, ranks, config.parallel.data == "shard"
         start_megatron(config, ranks)
         self.model = MegatronTransformer(config, ranks)
         self.init_weights()
-        self.optimizer = build_optimizer(self.model, config.optim)
-        trained = [(name, p) for name, p in self.model.plain_parameters() if p.requires_grad]
-        self.expert_parameters = [p for name, p in trained if ".mlp.experts." in name]
-        self.dense_parameters = [p for name, p in trained if ".mlp.experts." not in name]
-        split = {name for row in rows(config.model, 0) if row.split for name in row.theirs}
-        self.split_parameters = [p for name, p in trained if name in split]
-        self.copied_parameters = [p for name, p in trained if name not in split and ".mlp.experts." not in name]
+        self.optimizer, self.steps = build_optimizer(self.model, config.optim), 0
+        self.trained = {name: p for name, p in self.model.plain_parameters() if p.requires_grad}
+        self.pieces = pieces(self.model.gpt) if self.sharded else {}
+        for group in self.optimizer.param_groups:
+            group["params"] = [own for p in group["params"] if (own := self._own(p)) is not None]
+        self.counted = [
+            own for name, p in self.trained.items() if self._counts(name) and (own := self._own(p)) is not None
+        ]
+
+    def _own(self, parameter: nn.Parameter) -> nn.Parameter | None:
+        """What this rank's AdamW updates of it."""
+        return self.pieces[parameter].owned if self.sharded else parameter
+
+    def _own_part(self, tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+        """The same elements of a tensor of the parameter's shape."""
+        return self.pieces[parameter].of(tensor) if self.sharded else tensor
+
+    def _counts(self, name: str) -> bool:
+        """Whether the gradient norm has this rank's part of a parameter, or that of another with the same."""
+        if ".mlp.experts." in name:
+            return self.sharded or parallel_state.get_expert_data_parallel_rank() == 0
+        first = self.sharded or parallel_state.get_data_parallel_rank() == 0
+        copied = name not in {name for row in rows(self.config.model, 0) if row.split for name in row.theirs}
+        return first and not (copied and parallel_state.get_tensor_model_parallel_rank() > 0)
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> StepOutput:
         gpt = self.model.gpt
@@ -78,20 +97,21 @@ class MegatronEngine(NativeEngine):
         tokens = self.ranks.sum(mine)
         out = self.model.run(micro_batches, 1.0 / tokens.clamp_min(1))
         finalize_model_grads([gpt])
-        for parameter in self.dense_parameters + self.expert_parameters:
-            parameter.grad = parameter.main_grad  # type: ignore[attr-defined]
+        for parameter in self.trained.values():
+            if (own := self._own(parameter)) is not None:
+                own.grad = self._own_part(parameter.main_grad, parameter)  # type: ignore[attr-defined]
         return StepOutput(torch.stack([out.ce, out.aux, out.z]), tokens, out.stats)
 
     def _grad_norm(self) -> float:
-        # Every parameter once: of the copies of a part that of the first rank.
-        device, first = self.ranks.device, torch.zeros((), device=self.ranks.device, dtype=torch.float64)
-        if parallel_state.get_data_parallel_rank() == 0:
-            first = first + sum_of_squares(self.split_parameters, device)
-            if parallel_state.get_tensor_model_parallel_rank() == 0:
-                first = first + sum_of_squares(self.copied_parameters, device)
-        if parallel_state.get_expert_data_parallel_rank() == 0:
-            first = first + sum_of_squares(self.expert_parameters, device)
-        return math.sqrt(x) if (x := self.ranks.sum(first).item()) >= 0 else math.nan  # sync: once a step
+        total = self.ranks.sum(sum_of_squares(self.counted, self.ranks.device))
+        return math.sqrt(x) if (x := total.item()) >= 0 else math.nan  # sync: once a step
+
+    def step(self) -> StepResult:
+        done = super().step()
+        self.steps += done.applied
+        if self.sharded and done.applied:
+            self.model.gpt.start_param_sync()
+        return done
 
     # -- in the native engine's names ----------------------------------------------------------------------------------
 
@@ -111,28 +131,20 @@ class MegatronEngine(NativeEngine):
         self._take(weights, dict(self.model.plain_parameters()))
 
     def state_dict(self) -> dict[str, Any]:
-        state, steps = {}, torch.zeros((), device=self.ranks.device)
-        moments: dict[str, dict[str, Tensor]] = {kind: {} for kind in MOMENTS}
-        for name, parameter in self.model.plain_parameters():
-            if not parameter.requires_grad:
-                continue
-            own = self.optimizer.state[parameter]
-            for kind in MOMENTS:
-                moments[kind][name] = own[kind] if own else torch.zeros_like(parameter)
-            steps = own["step"] if own else steps
+        state: dict[str, Tensor] = {}
         for kind in MOMENTS:
-            state |= {f"state.{name}.{kind}": tensor for name, tensor in self._ours(moments[kind]).items()}
+            moments = {name: self._moment(parameter, kind) for name, parameter in self.trained.items()}
+            state |= {f"state.{name}.{kind}": tensor for name, tensor in self._ours(moments).items()}
         # Every parameter has a gradient in every step, so that all have as many.
-        state |= {f"state.{name}.step": steps.clone() for name in self._ours(moments[MOMENTS[0]])}
+        names = [name.removeprefix("state.").rpartition(".")[0] for name in state]
+        steps = torch.tensor(float(self.steps), device=self.ranks.device)
+        state |= {f"state.{name}.step": steps.clone() for name in names}
         return {"model": self._ours(self.model.plain_tensors()), "optimizer": state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._take(state["model"], self.model.plain_tensors())
-        trained = {name: p for name, p in self.model.plain_parameters() if p.requires_grad}
         steps = next(value for name, value in state["optimizer"].items() if name.endswith(".step"))
-        for parameter in trained.values():
-            moments = {kind: torch.zeros_like(parameter) for kind in MOMENTS}
-            self.optimizer.state[parameter] = {"step": steps.clone().to(parameter.device), **moments}
+        self.steps = int(steps)
         for kind in MOMENTS:
             end = f".{kind}"
             ours = {
@@ -140,7 +152,20 @@ class MegatronEngine(NativeEngine):
                 for name, value in state["optimizer"].items()
                 if name.endswith(end)
             }
-            self._take(ours, {name: self.optimizer.state[p][kind] for name, p in trained.items()})
+            moments = {name: torch.empty_like(parameter) for name, parameter in self.trained.items()}
+            self._take(ours, moments)
+            for name, parameter in self.trained.items():
+                if (own := self._own(parameter)) is not None:
+                    self.optimizer.state[own][kind] = self._own_part(moments[name], parameter).clone()
+                    self.optimizer.state[own]["step"] = steps.clone().to(own.device)
+
+    def _moment(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        """Of AdamW, in the parameter's shape."""
+        own = self._own(parameter)
+        moment = None if own is None else self.optimizer.state[own].get(kind)
+        if self.sharded:
+            return self.pieces[parameter].whole(moment, parameter)
+        return torch.zeros_like(parameter) if moment is None else moment
 
 
 class MegatronTransformer(nn.Module):
@@ -165,7 +190,7 @@ class MegatronTransformer(nn.Module):
             if ".mlp.experts." in name:
                 # Their copies are on other ranks than those of dense matrices, which with ep = 1 Megatron 0.16 overlooks.
                 parameter.allreduce = False  # type: ignore[attr-defined]
-        self.gpt = DistributedDataParallel(theirs, DistributedDataParallelConfig(), gpt)
+        self.gpt = DistributedDataParallel(theirs, ddp_config(config), gpt)
         found = [module for module in gpt.modules() if isinstance(module, MegatronRouter)]
         self.megatron_routers = sorted(found, key=lambda router: router.router.layer)
         here = {router.router.layer: router.router for router in self.megatron_routers}

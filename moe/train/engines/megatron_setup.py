@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel.random import initialize_rng_tracker, model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -128,6 +129,11 @@ def gpt_settings(config: Config) -> dict[str, Any]:
         "position_embedding_type": "rope",
         "rotary_base": m.rope_theta,
     }
+
+
+def ddp_config(config: Config) -> DistributedDataParallelConfig:
+    """What data-parallel ranks share: `megatron_shards`."""
+    return DistributedDataParallelConfig(use_distributed_optimizer=config.parallel.data == "shard")
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:

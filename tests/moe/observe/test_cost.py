@@ -132,6 +132,8 @@ def test_memory_divides_only_the_routed_experts():
     shared = tiny_config(4, train__engine="megatron", **layout)
     q = cost.parameter_counts(shared)
     assert cost.state_gib(shared, 4) * 2**30 == 16 * ((q.total - q.routed_experts) / 2 + q.routed_experts / 2) / 2
+    sharded = tiny_config(4, train__engine="megatron", parallel__data="shard", **layout)
+    assert cost.state_gib(sharded, 4) == cost.state_gib(shared, 4) / 2 + 8 * q.total / 4 / 2**30
     t = tiny_config(4).train.model_copy(update={"engine": "deepspeed"})
     stages = [
         tiny_config(4).model_copy(update={"train": t, "deepspeed": DeepSpeedSection(zero_stage=stage)})

@@ -36,6 +36,7 @@ NATIVE = {"train__engine": "native"}
 ZERO = {f"zero_{stage}": {"train__engine": "deepspeed", "deepspeed__zero_stage": stage} for stage in range(4)}
 MEGATRON: dict[str, dict[str, Any]] = {
     "megatron": {"train__engine": "megatron"},
+    "megatron_shard": {"train__engine": "megatron", "parallel__data": "shard"},
     "megatron_tp": {"train__engine": "megatron", "parallel__tp": 2},
     "megatron_pp": {"train__engine": "megatron", "parallel__pp": 2, "parallel__ep": 1},
 }

@@ -67,13 +67,19 @@ def changed(section: str, change: dict[str, Any]) -> Config:
 def told(config: Config) -> dict[str, Any]:
     """What Megatron and the router in its layers are given."""
     from moe.model.router import Router
-    from moe.train.engines.megatron_setup import autocast, gpt_settings, transformer_config
+    from moe.train.engines.megatron_setup import autocast, ddp_config, gpt_settings, transformer_config
 
     theirs = {k: v for k, v in asdict(transformer_config(config, CPU)).items() if not callable(v)}
     router = vars(Router(config, 1)) | {"trained": Router(config, 1).weight.requires_grad}
     ours = {name: router[name] for name in ("choice", "groups", "seq_len", "kernels", "trained")}
     with autocast(config, CPU):
-        return theirs | gpt_settings(config) | ours | {"autocast": torch.is_autocast_enabled("cpu")}
+        return (
+            theirs
+            | asdict(ddp_config(config))
+            | gpt_settings(config)
+            | ours
+            | {"autocast": torch.is_autocast_enabled("cpu")}
+        )
 
 
 @pytest.mark.parametrize("path", settings())
