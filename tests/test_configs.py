@@ -70,6 +70,8 @@ def test_engines_lay_over_every_size(engine: str):
     for name in SIZES:
         files = [str(FOLDER / f"{name}.toml"), str(FOLDER / "engines" / f"{engine}.toml")]
         loaded = load(files)
+        if engine == "megatron" and loaded.model.attention == "mla":  # refused by name
+            continue
         resolved = resolve(loaded, WORLDS[name][0] * loaded.parallel.tp * loaded.parallel.pp, cuda=True)
         text = tomllib.loads(Path(files[1]).read_text())
         for section, settings in text.items():

@@ -214,6 +214,11 @@ def _check_shared(config: Config, world_size: int) -> None:
         f"model.tie_embeddings = true keeps one matrix at both ends of parallel.pp = {p.pp} stages: set it to false, or "
         "parallel.pp to 1",
     )
+    _require(
+        p.pp == 1 or config.run.start_from is None,
+        f"run.start_from = {config.run.start_from!r} is read by ranks that hold every layer, and parallel.pp = {p.pp} spreads "
+        "them: start with parallel.pp = 1, save, and resume with more stages",
+    )
     recorded = config.observe.record_scores
     _require(
         p.pp == 1 or not recorded,

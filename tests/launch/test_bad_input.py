@@ -168,6 +168,7 @@ CONFIGURATION = [
         "observe.record_scores = 3",
         "parallel.pp to 1",
     ),
+    ("--train.engine megatron --parallel.pp 2 --run.start_from m", "run.start_from = 'm'", "parallel.pp = 1"),
     ("--train.engine megatron --parallel.tp 2 --data.seq_len 63", "data.seq_len = 63", "parallel.tp = 2"),
     ("--train.engine megatron --parallel.tp 2 --model.num_kv_heads 1", "model.num_kv_heads = 1", "divisor"),
     ("--train.engine megatron --parallel.tp 2 --balance.aux_loss 0.1", "balance.aux_loss = 0.1", "whole sequences"),
