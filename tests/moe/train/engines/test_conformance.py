@@ -21,6 +21,7 @@ from moe.observe.scores import probe_scores
 from moe.parallel import Ranks, build_ranks
 from moe.train import checkpoint
 from moe.train.about import weights_hash
+from moe.train.contents import verify_all
 from moe.train.engines import Engine, build_engine
 from moe.train.evaluate import evaluate
 from tests.moe.train.engines.layouts import LR, Step, build, replay, share, whole
@@ -117,6 +118,7 @@ def facts(rank: int, n: int, ep: int, settings: dict[str, Any], recorded: list[S
     checkpoint.save(
         Path(folder) / name, 4, {"engine": engine.state_dict(), "balancer": pair.balancer.state_dict()}, {}, ranks, 1
     )
+    found["damage"] = verify_all(Path(folder) / name / "step-00000004") if rank == 0 else None
     batch = share(ranks.data_rank, ranks.data_size, 9)[0]
     found["ce"] = evaluate(engine.model, [batch], ranks).ce
     if ranks.pp == 1:
@@ -279,6 +281,7 @@ def test_p04_evaluation_and_probes_agree_and_change_nothing(name, found):
 def test_p07_p36_a_resumed_run_is_the_run_that_went_on(name, found):
     """To the bit: so what came between, evaluation and steps that were not taken, has left nothing behind either."""
     for rank in found:
+        assert rank[name]["damage"] is None
         loaded, steps, end = rank[f"{name} from {name}"]
         assert same(loaded, rank[name]["state"]) and same(end, rank[name]["end"])
         for step, expected in zip(steps, rank[name]["after"], strict=True):
