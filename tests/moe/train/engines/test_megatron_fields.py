@@ -89,7 +89,7 @@ def told(config: Config) -> dict[str, Any]:
 @pytest.mark.parametrize("path", settings())
 def test_a_setting_reaches_megatron_or_is_refused_by_name(path):
     assert path in OTHER, (
-        f"{path} is new: map it in megatron_setup.py or refuse it in moe/config/limits.py; then add it here"
+        f"{path} is new: map it in megatron_setup.py or refuse it in moe/config/engines.py; then add it here"
     )
     section, _ = path.split(".")
     try:
