@@ -1,7 +1,9 @@
 """The mesh of ranks, and the few collectives that everyone else calls.
 
 dp = all data-parallel ranks; ep divides dp: the ranks that share one copy of the experts; edp = dp / ep: the copies.
-Rank r has ep coordinate r % ep, so that an ep group is made of neighbours.
+Rank r has ep coordinate r % ep, so that an ep group is made of neighbours. With Megatron-core tp neighbours share the dense
+matrices, and pp blocks of ranks are the stages of a pipeline: then dp is still all ranks, of which tp * pp see the same
+sequences, and ep and edp are those of a stage.
 """
 
 from __future__ import annotations
@@ -50,6 +52,23 @@ class Ranks:
     dp_mesh: DeviceMesh | None = None
     ep_mesh: DeviceMesh | None = None
     edp_mesh: DeviceMesh | None = None
+    tp: int = 1
+    pp: int = 1
+
+    @property
+    def data_size(self) -> int:
+        """Shares of a batch."""
+        return self.world_size // (self.tp * self.pp)
+
+    @property
+    def data_rank(self) -> int:
+        """Which of them this rank sees."""
+        return self.rank // self.tp % self.data_size
+
+    @property
+    def first_to_see(self) -> bool:
+        """Of the ranks that see the same share, the one that counts its tokens."""
+        return self.rank % self.tp == 0 and self.rank < self.world_size // self.pp
 
     @property
     def is_main(self) -> bool:
@@ -133,21 +152,24 @@ def join_ranks(timeout_s: float = 600.0) -> tuple[int, int, torch.device]:
     return rank, world_size, device
 
 
-def build_ranks(rank: int, world_size: int, device: torch.device, ep: int) -> Ranks:
+def build_ranks(rank: int, world_size: int, device: torch.device, ep: int, tp: int = 1, pp: int = 1) -> Ranks:
     """The groups of the (dp, ep) layout. Every rank must call it: groups are made by all ranks together."""
     if world_size == 1:
         return Ranks(rank, world_size, device)
-    mesh = init_device_mesh(device.type, (world_size // ep, ep), mesh_dim_names=("edp", "ep"))
+    edp = world_size // (ep * pp)
+    mesh = init_device_mesh(device.type, (pp, edp, ep), mesh_dim_names=("pp", "edp", "ep"))
     return Ranks(
         rank,
         world_size,
         device,
         dp_group=dist.group.WORLD,
         ep_group=mesh["ep"].get_group() if ep > 1 else None,
-        edp_group=mesh["edp"].get_group() if ep < world_size else None,
+        edp_group=mesh["edp"].get_group() if edp > 1 else None,
         dp_mesh=init_device_mesh(device.type, (world_size,), mesh_dim_names=("dp",)),
         ep_mesh=mesh["ep"] if ep > 1 else None,
-        edp_mesh=mesh["edp"] if ep < world_size else None,
+        edp_mesh=mesh["edp"] if edp > 1 else None,
+        tp=tp,
+        pp=pp,
     )
 
 

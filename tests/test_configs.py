@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from moe.balance import BALANCERS
 from moe.config import ASSIGNMENTS, Config, ConfigError, load, resolve, to_toml, validate
+from moe.config.schema import TrainSection
 from moe.observe.cost import parameter_counts
 
 FOLDER = Path(__file__).parents[1] / "configs"
 SIZES = sorted(path.stem for path in FOLDER.glob("*.toml"))
 METHODS = sorted(path.stem for path in (FOLDER / "methods").glob("*.toml"))
+ENGINES = sorted(path.stem for path in (FOLDER / "engines").glob("*.toml"))
 ALONE = {"sinkhorn", "base", "expert-choice", "bip-leaky"}  # methods that want one process
 WORLDS = {
     "tiny": [2, 4],
@@ -60,6 +63,24 @@ def test_methods_lay_over_every_size(method: str):
         resolved = resolve(loaded, 1 if alone else WORLDS[name][0])
         balance = tomllib.loads(Path(files[1]).read_text())["balance"]
         assert {key: getattr(resolved.balance, key) for key in balance} == balance
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engines_lay_over_every_size(engine: str):
+    for name in SIZES:
+        files = [str(FOLDER / f"{name}.toml"), str(FOLDER / "engines" / f"{engine}.toml")]
+        loaded = load(files)
+        if engine == "megatron" and loaded.model.attention == "mla":  # refused by name
+            continue
+        resolved = resolve(loaded, WORLDS[name][0] * loaded.parallel.tp * loaded.parallel.pp, cuda=True)
+        text = tomllib.loads(Path(files[1]).read_text())
+        for section, settings in text.items():
+            assert {key: getattr(getattr(resolved, section), key) for key in settings} == settings
+
+
+def test_every_engine_has_a_configuration():
+    found = [tomllib.loads((FOLDER / "engines" / f"{name}.toml").read_text()) for name in ENGINES]
+    assert {text["train"]["engine"] for text in found} == set(get_args(TrainSection.model_fields["engine"].annotation))
 
 
 def test_every_method_has_a_configuration():

@@ -30,7 +30,11 @@ VENDORS = {  # package: the files or folders that may import it
     "wandb": ("moe/observe/sinks.py", "moe/observe/dashboard.py"),
     "wandb_workspaces": ("moe/observe/dashboard.py",),
     "deepspeed": ("moe/train/engines/deepspeed_zero.py",),
-    "megatron": ("moe/train/engines/megatron_core.py", "moe/interop/megatron.py"),
+    "megatron": (
+        "moe/train/engines/megatron_core.py",
+        "moe/train/engines/megatron_setup.py",
+        "moe/interop/megatron.py",
+    ),
     "transformers": ("moe/interop/transformers.py",),
 }
 LAUNCH_MAY_IMPORT_AT_TOP = {"moe.config", "moe.observe.cost", "moe", "pydantic", "tyro", "rich", "launch"}

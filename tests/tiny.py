@@ -43,7 +43,11 @@ def tiny_config(world_size: int = 1, **settings: Any) -> Config:
     for path, value in settings.items():
         section, key = path.split("__")
         tree.setdefault(section, {})[key] = value
-    return resolve(validate(tree), world_size)
+    # The Megatron engine is refused without a GPU; `tests.moe.interop.megatron_model.patch` makes a CPU do.
+    claimed = tree["train"].get("engine") == "megatron"
+    if claimed:
+        tree["train"] = {"compute_dtype": "float32", "kernels": "torch"} | tree["train"]
+    return resolve(validate(tree), world_size, cuda=claimed)
 
 
 def tiny_mla(**settings: Any) -> dict[str, Any]:

@@ -129,6 +129,14 @@ def zeros(num_layers: int, num_experts: int, device: torch.device | str = "cpu")
     )
 
 
+def nothing(needs: Set[str], bias_E: Tensor, top_k: int, num_groups: int = 1, group_top_k: int = 1) -> RouterStats:
+    """The statistics of no token of one layer, with the optional fields that `needs` names."""
+    ids_TK = torch.empty(0, top_k, dtype=torch.int64, device=bias_E.device)
+    counts_E = torch.zeros_like(bias_E, dtype=torch.int64)
+    scores_TE = bias_E.new_empty(0, len(bias_E))
+    return collect(needs, scores_TE, bias_E, ids_TK, counts_E, None, num_groups, group_top_k)
+
+
 def flatten(stats: RouterStats) -> Tensor:
     """One int64 vector, so that all layers and fields travel in one all-reduce."""
     return torch.cat([field.reshape(-1) for field in _fields(stats).values()])

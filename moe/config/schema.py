@@ -112,8 +112,16 @@ class DataSection(Section):
 class ParallelSection(Section):
     ep: Positive = 1
     """Ranks that share the experts of a layer; divides the number of ranks and of experts."""
+    tp: Positive = 1
+    """Megatron-core: ranks that share the matrices of attention, dense MLPs, shared experts, embedding and head; between them,
+    each has a part of every sequence. Routed experts stay whole."""
+    pp: Positive = 1
+    """Megatron-core: stages, each of num_layers / pp layers, through which micro-batches pass (1F1B)."""
+    cp: Positive = 1
+    """Ranks that share a sequence in attention: only 1, because no engine here does it."""
     data: Literal["replicate", "shard"] = "replicate"
-    """What data-parallel ranks hold: all of the parameters and optimizer state (DDP), or a share (FSDP2)."""
+    """What data-parallel ranks hold: all of the parameters and optimizer state (DDP), or a share (FSDP2; under Megatron-core, of
+    the optimizer's state alone)."""
     dispatch: Literal["exact", "padded"] = "exact"
     """How rows travel between the ranks of ep: blocks of their own size, for which the host waits once a layer; or blocks of
     capacity_factor, without a wait, and a step in which one overflows is repeated with exact blocks: nothing is dropped."""
@@ -170,7 +178,8 @@ class TrainSection(Section):
     profile: bool = False
     """Write a profiler trace (and on CUDA a memory snapshot) of steps 6 to 8 into the run folder."""
     engine: Literal["native", "deepspeed", "megatron"] = "native"
-    """What runs the model: torch alone, DeepSpeed's ZeRO (its own section), or Megatron-core's layers and dispatchers (on GPUs)."""
+    """What runs the model: torch alone, DeepSpeed's ZeRO (its own section), or Megatron-core's layers and dispatchers, which
+    need GPUs (docs/engines.md)."""
 
 
 class DeepSpeedSection(Section):
@@ -293,7 +302,8 @@ class ObserveSection(Section):
     balance.method."""
     regret_every: NonNegative = 100
     """Steps between measurements of the regret, at which large layers take turns; 0: never. Always 0 for group-limited
-    routing and assignment baselines, for which the theory does not hold."""
+    routing and assignment baselines, for which the theory does not hold, and with parallel.pp > 1, where no rank sees the
+    scores of every layer."""
     regret_tokens: Positive = 2048
     """Tokens of one measurement, over all ranks; at least one sequence a rank."""
     regret_reservoir: Positive = 4096
@@ -320,6 +330,10 @@ class Config(Section):
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
     observe: ObserveSection = ObserveSection()
+
+    def data_ranks(self, world_size: int) -> int:
+        """Ranks, or groups of ranks (parallel.tp * parallel.pp), that see different sequences."""
+        return world_size // (self.parallel.tp * self.parallel.pp)
 
     @property
     def num_moe_layers(self) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from kernels.permute import count_tokens
 from moe.balance import build_balancer
-from moe.balance.stats import RouterStats, add, collect, stack, zeros
+from moe.balance.stats import RouterStats, add, collect, nothing, stack, zeros
 from moe.config import ASSIGNMENTS, RATES, BalanceSection, ConfigError, check_rule, sentence
 from moe.observe.load import effective_experts, idle, maxvio
 from moe.parallel import Ranks
@@ -158,7 +158,11 @@ class Attached:
         """
         if not self.routers:  # a pipeline stage of dense layers
             return
-        seen = [router.seen if router.seen is not None else self._nothing(router) for router in self.routers]
+        top_k = self.balancer.top_k
+        seen = [
+            router.seen if router.seen is not None else nothing(self.needs, router.expert_bias_E, top_k, *self.groups)
+            for router in self.routers
+        ]
         for router in self.routers:
             router.seen = None
         device = seen[0].tokens.device
@@ -206,12 +210,6 @@ class Attached:
         for router, bias_E in zip(self.routers, self.balancer.bias_LE, strict=True):
             router.restore(bias_E)
         self.balancer.publish(self.routers)
-
-    def _nothing(self, router: ForeignRouter) -> RouterStats:
-        bias_E = router.expert_bias_E
-        ids_TK = torch.empty(0, self.balancer.top_k, dtype=torch.int64, device=bias_E.device)
-        scores_TE = bias_E.new_empty(0, len(bias_E))
-        return collect(self.needs, scores_TE, bias_E, ids_TK, count_tokens(ids_TK, len(bias_E)), None, *self.groups)
 
     def _ranks(self, device: torch.device) -> Ranks:
         if not dist.is_initialized():

@@ -35,7 +35,7 @@ def startup_block(config: Config, about: dict[str, Any]) -> str:
         f"MFU against {about['peak_tflops']:.3g} TFLOP/s ({about['peak_source']})",
         "memory": f"about {about['state_gib']:.2f} GiB of parameters, gradients and optimizer per rank; "
         f"{about['free_memory_gib']:.1f} GiB free",
-        "ranks": f"{about['world_size']} x {about['device']}, dp = {about['world_size']}, ep = {config.parallel.ep}",
+        "ranks": f"{about['world_size']} x {about['device']}, {layout(config, about['world_size'])}",
         "data": f"{config.data.path} ({about['data_hash']}); {short(tokens)} tokens, "
         f"{tokens / about['parameters_active']:.1f} per active parameter",
         "balancing": b.method
@@ -49,6 +49,14 @@ def startup_block(config: Config, about: dict[str, Any]) -> str:
     if about["start_step"]:
         rows["resumed"] = f"after step {about['start_step']:,}"
     return "\n".join(f"{name:<13} {text}" for name, text in rows.items())
+
+
+def layout(config: Config, world_size: int) -> str:
+    """How the ranks share the work: tp and pp where there are several."""
+    p = config.parallel
+    words = [f"dp = {config.data_ranks(world_size)}", f"ep = {p.ep}"]
+    words += [f"{name} = {size}" for name, size in (("tp", p.tp), ("pp", p.pp)) if size > 1]
+    return ", ".join(words) + ("" if config.train.engine == "native" else f"; {config.train.engine} engine")
 
 
 def step_line(config: Config, world_size: int, metrics: dict[str, float]) -> str:

@@ -115,11 +115,14 @@ def device_peak_tflops(name: str) -> float | None:
 
 def state_gib(config: Config, world_size: int = 1) -> float:
     """Float32 parameters, gradients and both moments of AdamW on one rank: experts divided by ep, everything by the number
-    of ranks with parallel.data = shard; under DeepSpeed what its stage shares, with a second copy of the parameters."""
-    counts = parameter_counts(config)
-    if config.parallel.data == "shard":
+    of ranks with parallel.data = shard; under DeepSpeed what its stage shares, with a second copy of the parameters; under
+    Megatron-core the mean over the stages of pp, dense matrices divided by tp, with data = shard the moments alone shared."""
+    counts, p = parameter_counts(config), config.parallel
+    if p.data == "shard" and config.train.engine == "native":
         return 16 * counts.total / world_size / 2**30
-    local = counts.total - counts.routed_experts + counts.routed_experts / config.parallel.ep
+    local = ((counts.total - counts.routed_experts) / p.tp + counts.routed_experts / p.ep) / p.pp
+    if p.data == "shard":
+        return (8 * local + 8 * counts.total / world_size) / 2**30
     if config.train.engine == "deepspeed" and (stage := config.deepspeed.zero_stage):
         held = {1: 8, 2: 4, 3: 0}[stage]  # parameters and gradients; parameters
         return (held * local + (20 - held) * counts.total / world_size) / 2**30

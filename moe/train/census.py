@@ -31,27 +31,32 @@ def expert_census(model: Mapping[str, Tensor], ranks: Ranks) -> dict[str, list[s
     for name, weight in sorted(model.items()):
         if found := EXPERTS.search(name):
             matrices.setdefault(int(found[1]), []).append((found[2], weight))
-    if not matrices:
+    # The stages of a pipeline hold different layers; the first rank that holds a layer says which copy of it is counted.
+    held = ranks.gather_objects({layer: len(matrices[layer][0][1]) for layer in matrices})
+    experts = {layer: number for rank in held for layer, number in rank.items()}
+    if not experts:
         return {}
+    first = {layer: next(rank for rank, layers in enumerate(held) if layer in layers) for layer in experts}
     keys: dict[tuple[str, torch.Size], Tensor] = {}
-    sums = [
-        sum(_partial(name, weight, ranks, keys) for name, weight in layer)
-        for _, layer in sorted(matrices.items())
-    ]  # fmt: skip
-    total_LE = ranks.sum(torch.stack(sums)).tolist()  # type: ignore[arg-type]
-    digits = max(2, len(str(max(matrices))))
+    device = next((weight.device for layer in matrices.values() for _, weight in layer), ranks.device)
+    sums = []
+    for layer in sorted(experts):
+        sums_E = torch.zeros(experts[layer], dtype=torch.int64, device=device)
+        for name, weight in matrices.get(layer, ()):
+            if _counts(weight, ranks, first[layer]):
+                _add_partial(sums_E, name, weight, keys)
+        sums.append(sums_E)
+    total_LE = ranks.sum(torch.stack(sums)).tolist()
+    digits = max(2, len(str(max(experts))))
     return {
         f"layer_{layer:0{digits}d}": [f"{value % 2**64:016x}" for value in row]
-        for layer, row in zip(sorted(matrices), total_LE, strict=True)
+        for layer, row in zip(sorted(experts), total_LE, strict=True)
     }
 
 
-def _partial(name: str, weight: Tensor, ranks: Ranks, keys: dict[tuple[str, torch.Size], Tensor]) -> Tensor:
-    """This rank's part of the sums [E] int64 of one matrix: 0 where another rank holds the same values and counts them."""
+def _add_partial(sums_E: Tensor, name: str, weight: Tensor, keys: dict[tuple[str, torch.Size], Tensor]) -> None:
+    """Add this rank's part of one matrix to the sums [E] int64."""
     local, start = _local_part(weight)
-    sums_E = torch.zeros(len(weight), dtype=torch.int64, device=local.device)
-    if not _counts(weight, ranks):
-        return sums_E
     if (name, weight.shape) not in keys:
         # The seed is the matrix's name: exchanged rows of two matrices must show as well.
         generator = torch.Generator().manual_seed(int.from_bytes(name.encode(), "little") % 2**63)
@@ -61,8 +66,7 @@ def _partial(name: str, weight: Tensor, ranks: Ranks, keys: dict[tuple[str, torc
     key = keys[name, weight.shape][inside]
     bits = local.detach().contiguous().view(INTEGERS[local.element_size()])
     for index, expert in enumerate(bits):  # one at a time: the products are 2 to 4 times the size of the weights
-        sums_E[start[0] + index] = (expert.long() * key).sum()
-    return sums_E
+        sums_E[start[0] + index] += (expert.long() * key).sum()
 
 
 def _local_part(weight: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -72,12 +76,12 @@ def _local_part(weight: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return weight.to_local(), tuple(start)
 
 
-def _counts(weight: Tensor, ranks: Ranks) -> bool:
-    """Whether this rank is the first of those that hold the same part."""
+def _counts(weight: Tensor, ranks: Ranks, first: int) -> bool:
+    """Whether this rank is the first of those that hold the same part; first: that of those with the layer."""
     if not isinstance(weight, DTensor):
-        return ranks.rank == 0
+        return ranks.rank == first
     mesh = weight.device_mesh
     place = mesh.get_coordinate()
     assert place is not None, "a rank outside of the mesh holds no part"
     copies = (p for p, placement in zip(place, weight.placements, strict=True) if isinstance(placement, Replicate))
-    return 0 in mesh.mesh and not any(copies)
+    return first in mesh.mesh and not any(copies)

@@ -34,7 +34,8 @@ def evaluate(model: Transformer, batches: Iterable[Batch], ranks: Ranks) -> Eval
     for batch in batches:
         real = batch.targets_BS != IGNORED
         out = model(batch.tokens_BS.to(ranks.device), batch.targets_BS.to(ranks.device), not bool(real.all()))
-        total += torch.tensor([float(out.ce), float(real.sum())], dtype=torch.float64, device=ranks.device)
+        tokens = float(real.sum()) if ranks.first_to_see else 0.0
+        total += torch.tensor([float(out.ce), tokens], dtype=torch.float64, device=ranks.device)
         stats = out.stats if stats is None else add(stats, out.stats)
     model.train(was_training)
     assert stats is not None, "TokenData refuses a corpus without a held-out window"

@@ -107,9 +107,9 @@ class Run:
     def micro_batches(self) -> list[Batch]:
         """This rank's share of the next optimizer step."""
         t = self.config.train
-        per_rank = t.batch_size // self.ranks.world_size
+        per_rank = t.batch_size // self.ranks.data_size
         micro = t.micro_batch_size or per_rank
-        first = self.ranks.rank * per_rank
+        first = self.ranks.data_rank * per_rank
         return [self.data.train_batch(self.progress.step, first + i, micro) for i in range(0, per_rank, micro)]
 
     def train_step(self, stop_requested: bool) -> tuple[StepResult, bool]:
@@ -154,7 +154,7 @@ class Run:
     def probe_regret(self, meter: RegretMeter, batches: list[Batch]) -> None:
         """The scores of the first tokens of the coming batch, with the bias that will route them."""
         ranks, device = self.ranks, self.ranks.device
-        rows = max(1, meter.probe_tokens // (ranks.world_size * batches[0].tokens_BS.shape[1]))
+        rows = max(1, meter.probe_tokens // (ranks.data_size * batches[0].tokens_BS.shape[1]))
         parts = []
         for batch in batches:
             real_T = (batch.targets_BS[:rows] != IGNORED).flatten()  # on host
@@ -231,7 +231,7 @@ class Run:
     def evaluate(self) -> None:
         """Held-out loss and load, the bias frozen."""
         e, ranks = self.config.evaluate, self.ranks
-        batches = self.data.val_batches(e.batch_size, ranks.rank, ranks.world_size, e.max_tokens)
+        batches = self.data.val_batches(e.batch_size, ranks.data_rank, ranks.data_size, e.max_tokens)
         with self.goodput.part("evaluation"):
             found = evaluate(self.engine.model, self.watched(batches), ranks)
         self.val_ce = found.ce

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from launch import slurm, train
+from moe.config import load, resolve
 
 OWN = ["--nodes", "2", "--gpus", "2", "--time", "1-12:00:00", "--warn", "240"]
 TRAIN = ["--", "--config", "configs/tiny.toml", "--run.name", "it's", "--train.batch_size", "16"]
@@ -62,6 +64,23 @@ def test_a_job_starts_every_machine_resumes_and_queues_itself_again_on_75_alone(
             assert meeting == (rank, "node7:29400", "41-0")
 
 
+@pytest.mark.parametrize("engine", ["native-shard", "deepspeed", "megatron"])
+def test_a_job_of_several_machines_for_every_engine(tmp_path: Path, engine):
+    """What each machine starts is the configuration that was checked, of 16 ranks."""
+    files = ["--config", "configs/deepseekmoe-16b.toml", "--config", f"configs/engines/{engine}.toml"]
+    text, _ = slurm.script(["--nodes", "2", "--gpus", "8", "--time", "24:00:00", "--", *files, "--data.path", "d"])
+    (tmp_path / "job.sh").write_text(text)
+    assert subprocess.run(["bash", "-n", str(tmp_path / "job.sh")]).returncode == 0
+    command = next(line for line in text.splitlines() if line.startswith("  alf-moe train")).removesuffix("\\")
+    options = train.parse(shlex.split(command)[2:])
+    assert options.files == files[1::2] and (options.nproc, options.nnodes) == (8, 2)
+    config = resolve(load(options.files, options.overrides), options.nproc * options.nnodes, cuda=True)
+    engines = {"native-shard": "native"}
+    assert config.train.engine == engines.get(engine, engine) and config.data_ranks(16) == (
+        4 if engine == "megatron" else 16
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -74,6 +93,20 @@ def test_a_job_starts_every_machine_resumes_and_queues_itself_again_on_75_alone(
         ([*OWN, *TRAIN, "--train.batch_size", "6"], "train.batch_size = 6 is not divisible by the 4 ranks"),
         ([*OWN, "--out", "configs/tiny.toml/x", *TRAIN], "--out configs/tiny.toml/x cannot be written"),
         (OWN, "--config is missing"),
+        (
+            [
+                *OWN[:2],
+                "--gpus",
+                "4",
+                *OWN[4:],
+                "--",
+                "--config",
+                "configs/deepseekmoe-16b.toml",
+                "--config",
+                "configs/engines/megatron.toml",
+            ],
+            "parallel.ep = 8 does not divide the 4 ranks of a stage",
+        ),
     ],
 )
 def test_refusals_are_one_sentence(words, says, capsys):

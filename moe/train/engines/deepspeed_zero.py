@@ -135,7 +135,7 @@ class DeepSpeedEngine:
         bucket = min(LARGEST_BUCKET, sum(p.numel() for p in self.parameters.values()))
         zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": bucket}
         if c.deepspeed.offload_optimizer:
-            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.ranks.device.type == "cuda"}
         return {
             "train_micro_batch_size_per_gpu": micro,
             "gradient_accumulation_steps": per_rank // micro,

@@ -2,52 +2,56 @@
 
 The router is `moe.model.router.Router` behind Megatron's interface: the same choices, statistics and losses as in the native
 engine. Initial weights, checkpoints and optimizer state are those of the native engine too (`megatron_weights`), so that a
-run may go on under the other one. Expert and data parallelism; all logits of a micro-batch exist at one time
-(train.loss_chunk is not used). With Transformer Engine where it is installed.
+run may go on under the other one. All logits of a micro-batch exist at one time (train.loss_chunk is not used). With
+Transformer Engine where it is installed.
 
-Written for megatron-core 0.16; what depends on its version: `transformer_config`, `block_spec` and the names in
-`megatron_weights`. Letters: B batch, S sequence, T = B * S tokens, D model dim, E experts, K experts per token.
+parallel.tp shares the dense matrices, always with sequence parallelism: the routers of its ranks see different tokens.
+parallel.pp makes stages of the layers; every rank balances all of them, each router contributes where it is. What a rank does
+not see it contributes as 0, so that sums over all ranks are right in every layout.
+
+Letters: B batch, S sequence, T = B * S tokens, D model dim, L MoE layers, E experts, K experts per token.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Sequence
-from functools import partial
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.tensor_parallel.random import initialize_rng_tracker, model_parallel_cuda_manual_seed
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
+from moe.balance import BALANCERS
 from moe.balance import stats as router_stats
-from moe.balance.losses import RouterLosses
 from moe.balance.stats import RouterStats
 from moe.config import Config
 from moe.model.loss import IGNORED
-from moe.model.router import Router
 from moe.model.transformer import Output, fill_weights
 from moe.parallel import Ranks
 from moe.train.data import Batch
-from moe.train.engines import StepOutput
-from moe.train.engines.megatron_weights import from_ours, plain, to_ours
-from moe.train.engines.native import NativeEngine
+from moe.train.engines import StepOutput, StepResult
+from moe.train.engines.megatron_setup import (
+    MegatronRouter,
+    autocast,
+    block_spec,
+    ddp_config,
+    gpt_settings,
+    start_megatron,
+    tensor_group,
+    transformer_config,
+    uses_transformer_engine,
+)
+from moe.train.engines.megatron_shards import pieces
+from moe.train.engines.megatron_weights import from_ours, plain, rows, to_ours
+from moe.train.engines.native import NativeEngine, sum_of_squares
 from moe.train.optim import build_optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# The narrowest recomputation that Megatron has, and the widest.
-RECOMPUTE: dict[str, dict[str, Any]] = {
-    "none": {},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-}
 
 
 class MegatronEngine(NativeEngine):
@@ -56,46 +60,66 @@ class MegatronEngine(NativeEngine):
     model: Any
 
     def __init__(self, config: Config, ranks: Ranks, eos_id: int):
-        self.config, self.ranks, self.sharded = config, ranks, False
+        self.config, self.ranks, self.sharded = config, ranks, config.parallel.data == "shard"
         start_megatron(config, ranks)
         self.model = MegatronTransformer(config, ranks)
         self.init_weights()
-        self.optimizer = build_optimizer(self.model, config.optim)
-        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        self.expert_parameters = [p for name, p in trained if ".mlp.experts." in name]
-        self.dense_parameters = [p for name, p in trained if ".mlp.experts." not in name]
+        self.optimizer, self.steps = build_optimizer(self.model, config.optim), 0
+        self.trained = {name: p for name, p in self.model.plain_parameters() if p.requires_grad}
+        self.pieces = pieces(self.model.gpt) if self.sharded else {}
+        for group in self.optimizer.param_groups:
+            group["params"] = [own for p in group["params"] if (own := self._own(p)) is not None]
+        self.counted = [
+            own for name, p in self.trained.items() if self._counts(name) and (own := self._own(p)) is not None
+        ]
+
+    def _own(self, parameter: nn.Parameter) -> nn.Parameter | None:
+        """What this rank's AdamW updates of it."""
+        return self.pieces[parameter].owned if self.sharded else parameter
+
+    def _own_part(self, tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+        """The same elements of a tensor of the parameter's shape."""
+        return self.pieces[parameter].of(tensor) if self.sharded else tensor
+
+    def _counts(self, name: str) -> bool:
+        """Whether the gradient norm has this rank's part of a parameter, or that of another with the same."""
+        if ".mlp.experts." in name:
+            return self.sharded or parallel_state.get_expert_data_parallel_rank() == 0
+        first = self.sharded or parallel_state.get_data_parallel_rank() == 0
+        copied = name not in {name for row in rows(self.config.model, 0) if row.split for name in row.theirs}
+        return first and not (copied and parallel_state.get_tensor_model_parallel_rank() > 0)
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> StepOutput:
-        device, gpt = self.ranks.device, self.model.gpt
+        gpt = self.model.gpt
         gpt.zero_grad_buffer()
         real = sum(int((batch.targets_BS != IGNORED).sum()) for batch in micro_batches)
-        tokens = self.ranks.sum(torch.tensor(real, dtype=torch.int64, device=device))
-        scale = 1.0 / tokens.clamp_min(1)
-        for router in self.model.megatron_routers:
-            router.scale = scale
-        losses_3, stats = torch.zeros(3, device=device), None
-        for batch in micro_batches:
-            out = self._forward(batch)
-            (out.ce * scale).backward()  # the routers' losses hang on their weights
-            losses_3 += torch.stack([out.ce, out.aux, out.z]).detach()
-            stats = out.stats if stats is None else router_stats.add(stats, out.stats)
+        mine = torch.tensor(real * self.ranks.first_to_see, dtype=torch.int64, device=self.ranks.device)
+        tokens = self.ranks.sum(mine)
+        out = self.model.run(micro_batches, 1.0 / tokens.clamp_min(1))
         finalize_model_grads([gpt])
-        for parameter in self.dense_parameters + self.expert_parameters:
-            parameter.grad = parameter.main_grad  # type: ignore[attr-defined]
-        assert stats is not None, "a step has at least one micro-batch"
-        return StepOutput(losses_3, tokens, stats)
+        for parameter in self.trained.values():
+            if (own := self._own(parameter)) is not None:
+                own.grad = self._own_part(parameter.main_grad, parameter)  # type: ignore[attr-defined]
+        return StepOutput(torch.stack([out.ce, out.aux, out.z]), tokens, out.stats)
 
-    def _forward(self, batch: Batch) -> Output:
-        tokens, targets = (t.to(self.ranks.device, non_blocking=True) for t in batch)
-        return self.model(tokens, targets, bool((batch.targets_BS == IGNORED).any()))
+    def _grad_norm(self) -> float:
+        total = self.ranks.sum(sum_of_squares(self.counted, self.ranks.device))
+        return math.sqrt(x) if (x := total.item()) >= 0 else math.nan  # sync: once a step
+
+    def step(self) -> StepResult:
+        done = super().step()
+        self.steps += done.applied
+        if self.sharded and done.applied:
+            self.model.gpt.start_param_sync()
+        return done
 
     # -- in the native engine's names ----------------------------------------------------------------------------------
 
     def _ours(self, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return to_ours(theirs, self.config.model, self.config.parallel.ep, self.ranks.ep_mesh)
+        return to_ours(theirs, self.config.model, self.config.parallel.ep, self.ranks.ep_mesh, tensor_group())
 
     def _take(self, ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-        from_ours(ours, theirs, self.config.model, self.config.parallel.ep)
+        from_ours(ours, theirs, self.config.model, self.config.parallel.ep, tensor_group())
 
     def weights(self) -> dict[str, Tensor]:
         return self._ours(dict(self.model.plain_parameters()))
@@ -107,28 +131,20 @@ class MegatronEngine(NativeEngine):
         self._take(weights, dict(self.model.plain_parameters()))
 
     def state_dict(self) -> dict[str, Any]:
-        state, steps = {}, torch.zeros((), device=self.ranks.device)
-        moments: dict[str, dict[str, Tensor]] = {kind: {} for kind in MOMENTS}
-        for name, parameter in self.model.plain_parameters():
-            if not parameter.requires_grad:
-                continue
-            own = self.optimizer.state[parameter]
-            for kind in MOMENTS:
-                moments[kind][name] = own[kind] if own else torch.zeros_like(parameter)
-            steps = own["step"] if own else steps
+        state: dict[str, Tensor] = {}
         for kind in MOMENTS:
-            state |= {f"state.{name}.{kind}": tensor for name, tensor in self._ours(moments[kind]).items()}
+            moments = {name: self._moment(parameter, kind) for name, parameter in self.trained.items()}
+            state |= {f"state.{name}.{kind}": tensor for name, tensor in self._ours(moments).items()}
         # Every parameter has a gradient in every step, so that all have as many.
-        state |= {f"state.{name}.step": steps.clone() for name in self._ours(moments[MOMENTS[0]])}
+        names = [name.removeprefix("state.").rpartition(".")[0] for name in state]
+        steps = torch.tensor(float(self.steps), device=self.ranks.device)
+        state |= {f"state.{name}.step": steps.clone() for name in names}
         return {"model": self._ours(self.model.plain_tensors()), "optimizer": state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._take(state["model"], self.model.plain_tensors())
-        trained = {name: p for name, p in self.model.plain_parameters() if p.requires_grad}
         steps = next(value for name, value in state["optimizer"].items() if name.endswith(".step"))
-        for parameter in trained.values():
-            moments = {kind: torch.zeros_like(parameter) for kind in MOMENTS}
-            self.optimizer.state[parameter] = {"step": steps.clone().to(parameter.device), **moments}
+        self.steps = int(steps)
         for kind in MOMENTS:
             end = f".{kind}"
             ours = {
@@ -136,58 +152,121 @@ class MegatronEngine(NativeEngine):
                 for name, value in state["optimizer"].items()
                 if name.endswith(end)
             }
-            self._take(ours, {name: self.optimizer.state[p][kind] for name, p in trained.items()})
+            moments = {name: torch.empty_like(parameter) for name, parameter in self.trained.items()}
+            self._take(ours, moments)
+            for name, parameter in self.trained.items():
+                if (own := self._own(parameter)) is not None:
+                    self.optimizer.state[own][kind] = self._own_part(moments[name], parameter).clone()
+                    self.optimizer.state[own]["step"] = steps.clone().to(own.device)
+
+    def _moment(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        """Of AdamW, in the parameter's shape."""
+        own = self._own(parameter)
+        moment = None if own is None else self.optimizer.state[own].get(kind)
+        if self.sharded:
+            return self.pieces[parameter].whole(moment, parameter)
+        return torch.zeros_like(parameter) if moment is None else moment
 
 
 class MegatronTransformer(nn.Module):
-    """A GPTModel with the face of `moe.model.transformer.Transformer`."""
+    """A GPTModel, or this rank's stage of it, with the face of `moe.model.transformer.Transformer`."""
 
     def __init__(self, config: Config, ranks: Ranks):
         super().__init__()
-        self.config, m = config, config.model
+        self.config, self.ranks, m = config, ranks, config.model
         self.uses_te = uses_transformer_engine(ranks.device)
         theirs = transformer_config(config, ranks.device)
+        self.first_layer = get_transformer_layer_offset(theirs)
+        self.begins = parallel_state.is_pipeline_first_stage()
+        self.ends = parallel_state.is_pipeline_last_stage()
         gpt = GPTModel(
             config=theirs,
             transformer_layer_spec=block_spec(config, theirs, self.uses_te, ranks.device),
-            vocab_size=m.vocab_size,
-            max_sequence_length=config.data.seq_len,
-            share_embeddings_and_output_weights=m.tie_embeddings,
-            position_embedding_type="rope",
-            rotary_base=m.rope_theta,  # type: ignore[arg-type]
+            pre_process=self.begins,
+            post_process=self.ends,
+            **gpt_settings(config),
         ).to(ranks.device)
-        self.gpt = DistributedDataParallel(theirs, DistributedDataParallelConfig(), gpt)
+        for name, parameter in gpt.named_parameters():
+            if ".mlp.experts." in name:
+                # Their copies are on other ranks than those of dense matrices, which with ep = 1 Megatron 0.16 overlooks.
+                parameter.allreduce = False  # type: ignore[attr-defined]
+        self.gpt = DistributedDataParallel(theirs, ddp_config(config), gpt)
         found = [module for module in gpt.modules() if isinstance(module, MegatronRouter)]
         self.megatron_routers = sorted(found, key=lambda router: router.router.layer)
+        here = {router.router.layer: router.router for router in self.megatron_routers}
+        layers = range(m.first_k_dense, m.num_layers)
+        elsewhere = {layer: Elsewhere(config, layer, ranks.device) for layer in layers if layer not in here}
+        self._routers: list[Any] = [here[layer] if layer in here else elsewhere[layer] for layer in layers]
 
     @property
-    def routers(self) -> dict[int, Router]:
-        """Routers by global layer index."""
-        return {router.router.layer: router.router for router in self.megatron_routers}
+    def routers(self) -> dict[int, Any]:
+        """Routers by global layer index; those of other stages are `Elsewhere`."""
+        return {router.layer: router for router in self._routers}
 
     def plain_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Of the GPTModel, by the names it has without Transformer Engine."""
-        return [(plain(name), parameter) for name, parameter in self.gpt.module.named_parameters()]
+        """Of this stage, by the names that they have in the whole GPTModel without Transformer Engine."""
+        return [(plain(name, self.first_layer), p) for name, p in self.gpt.module.named_parameters()]
 
     def plain_tensors(self) -> dict[str, Tensor]:
         """Parameters, and the bias of every router."""
-        biases = {
-            f"decoder.layers.{layer}.mlp.router.router.expert_bias_E": router.expert_bias_E
-            for layer, router in self.routers.items()
-        }
+        routers = [router.router for router in self.megatron_routers]
+        biases = {f"decoder.layers.{r.layer}.mlp.router.router.expert_bias_E": r.expert_bias_E for r in routers}
         return {**dict(self.plain_parameters()), **biases}
 
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor, padded: bool = False) -> Output:
-        """As `Transformer.forward`; aux and z are detached: their gradient comes through the routers' weights."""
-        real_BS = targets_BS != IGNORED
-        ce_BS = self._run(tokens_BS, ~real_BS if padded else None, targets_BS.clamp_min(0))
-        ce = (ce_BS * real_BS).sum()
-        stats, losses = zip(*(router.take() for router in self.megatron_routers), strict=True)
-        aux, z = torch.stack([each.aux for each in losses]).sum(), torch.stack([each.z for each in losses]).sum()
-        return Output(ce, aux, z, router_stats.stack(list(stats)))
+        """As `Transformer.forward`, without gradient. Every rank gives what it saw: sums over all ranks are those of the
+        batch."""
+        return self.run([Batch(tokens_BS, targets_BS)], None)
+
+    def run(self, micro_batches: Sequence[Batch], scale: Tensor | None) -> Output:
+        """Megatron's schedule for this pipeline: forward passes, and with `scale` (one over the real tokens of the step) the
+        backward passes of the losses times it. Losses and statistics, detached, are summed over the micro-batches."""
+        seen: list[Output] = []
+        zero = torch.zeros((), device=self.ranks.device)
+        for router in self.megatron_routers:
+            router.scale = 0.0 if scale is None else scale
+
+        def forward_step(batches: Iterator[Batch], _model: nn.Module) -> tuple[Tensor, Any]:
+            batch = next(batches)
+            padding_BS = batch.targets_BS == IGNORED
+            padded = bool(padding_BS.any())  # on host, but in evaluation
+            tokens_BS, targets_BS, padding_BS = (
+                t.to(self.ranks.device, non_blocking=True) for t in (*batch, padding_BS)
+            )
+            out = self._run(tokens_BS, padding_BS if padded else None, targets_BS.clamp_min(0))
+            ce = (out * ~padding_BS).sum() if self.ends else zero
+            seen.append(self._take(ce.detach()))
+            return out, lambda _: (ce if scale is None else ce * scale, (~padding_BS).sum().int(), {})
+
+        schedule = get_forward_backward_func()
+        schedule(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=[self.gpt],
+            num_microbatches=len(micro_batches),
+            seq_length=micro_batches[0].tokens_BS.shape[1],
+            micro_batch_size=len(micro_batches[0].tokens_BS),
+            forward_only=scale is None,
+        )
+        stats = seen[0].stats
+        for out in seen[1:]:
+            stats = router_stats.add(stats, out.stats)
+        ce, aux, z = torch.stack([torch.stack([out.ce, out.aux, out.z]) for out in seen]).sum(0)
+        return Output(ce, aux, z, stats)
+
+    def _take(self, ce: Tensor) -> Output:
+        """What the forward pass of one micro-batch left here; nothing of other stages."""
+        zero = torch.zeros((), device=self.ranks.device)
+        found = {router.router.layer: router.take() for router in self.megatron_routers}
+        stats = [found[r.layer][0] if r.layer in found else r.nothing(self.training) for r in self._routers]
+        aux, z = zero, zero
+        for _, losses in found.values():
+            aux, z = aux + losses.aux, z + losses.z
+        first = parallel_state.get_tensor_model_parallel_rank() == 0  # the others have the whole loss as well
+        return Output(ce if first else zero, aux, z, router_stats.stack(stats))
 
     def hidden(self, tokens_BS: Tensor, mask_T: Tensor | None) -> None:
-        """A forward pass for who watches the routers; nothing comes back."""
+        """A forward pass for who watches the routers; nothing comes back. Not with several stages."""
         self._run(tokens_BS, None if mask_T is None else ~mask_T.view_as(tokens_BS), None)
         for router in self.megatron_routers:
             router.take()
@@ -196,132 +275,29 @@ class MegatronTransformer(nn.Module):
         seq, device = tokens_BS.shape[1], tokens_BS.device
         positions_BS = torch.arange(seq, device=device).expand_as(tokens_BS)
         hidden = torch.ones(1, 1, seq, seq, dtype=torch.bool, device=device).triu(1)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.train.compute_dtype == "bfloat16"):
+        if padding_BS is not None and not self.begins:  # the first stage alone does this by itself
+            size, rank = self.config.parallel.tp, parallel_state.get_tensor_model_parallel_rank()
+            padding_BS = padding_BS.chunk(size, dim=1)[rank]
+        with autocast(self.config, device):
             mask = None if self.uses_te else hidden  # Transformer Engine has its own causal mask
             return self.gpt(tokens_BS, positions_BS, mask, labels=labels_BS, padding_mask=padding_BS)
 
 
-class MegatronRouter(nn.Module):
-    """Our router as Megatron's layers call theirs: [S, B, D] in, dense weights and a map [S * B, E] out."""
+class Elsewhere(nn.Module):
+    """A router of another stage, for who keeps books of all layers: its bias is published here as well."""
 
-    def __init__(self, ours: Config, device: torch.device, config: TransformerConfig, pg_collection: object = None):
+    expert_bias_E: Tensor
+
+    def __init__(self, ours: Config, layer: int, device: torch.device):
         super().__init__()
-        with torch.device(device):
-            self.router = Router(ours, 0)
-        self.scale: Tensor | float = 1.0  # of the losses: one over the real tokens of the step
-        self.seen: tuple[RouterStats, RouterLosses] | None = None
+        self.model, self.layer = ours.model, layer
+        self.needs = BALANCERS[ours.balance.method].needs_of(ours.balance)
+        self.register_buffer("expert_bias_E", torch.zeros(ours.model.num_experts, device=device))
+        shares_E = torch.zeros(ours.model.num_experts, device=device) if ours.balance.phi_loss else None
+        self.register_buffer("ema_share_E", shares_E)
 
-    def set_layer_number(self, layer_number: int) -> None:
-        """Megatron counts from 1."""
-        self.router.layer = layer_number - 1
-
-    def take(self) -> tuple[RouterStats, RouterLosses]:
-        """What the last forward pass left."""
-        assert self.seen is not None, "one forward pass, one take"
-        seen, self.seen = self.seen, None
-        return seen
-
-    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """input [S, B, D]; padding_mask [S, B], True for padding."""
-        seq, batch, _ = input.shape
-        with torch.autocast(input.device.type, enabled=False):
-            # In the order of sequences, which the sequence losses and the recorders expect.
-            mask_T = None if padding_mask is None else ~padding_mask.transpose(0, 1).flatten()
-            ids_TK, weights_TK = self._route(input.transpose(0, 1).flatten(0, 1), mask_T)
-            none_TE = weights_TK.new_zeros(len(ids_TK), self.router.model.num_experts)
-            weights_TE = none_TE.scatter(1, ids_TK, weights_TK)
-            map_TE = none_TE.bool().scatter(1, ids_TK, True)
-        return tuple(t.unflatten(0, (batch, seq)).transpose(0, 1).flatten(0, 1) for t in (weights_TE, map_TE))  # type: ignore[return-value]
-
-    def _route(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Tensor]:
-        routing = self.router(x_TD, mask_T, None)
-        losses = routing.losses
-        # Recomputation leaves it too, and nobody takes that.
-        self.seen = routing.stats, RouterLosses(losses.aux.detach(), losses.z.detach(), None)
-        ids_TK = routing.topk_ids_TK.long()
-        if routing.masked:
-            # Megatron's dispatchers expect K experts of every token: padding goes round, with weight 0 and uncounted.
-            slots_TK = torch.arange(len(ids_TK), device=ids_TK.device)[:, None] + torch.arange(
-                ids_TK.shape[1], device=ids_TK.device
-            )
-            ids_TK = torch.where(ids_TK < 0, slots_TK % self.router.model.num_experts, ids_TK)
-        return ids_TK, _WithLoss.apply(routing.topk_weights_TK, (losses.aux + losses.z) * self.scale)
-
-
-class _WithLoss(torch.autograd.Function):
-    # A loss that a layer cannot return hangs on a tensor that it does: also through recomputation.
-    @staticmethod
-    def forward(ctx, weights: Tensor, loss: Tensor) -> Tensor:
-        return weights.view_as(weights)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad, grad.new_ones((), dtype=torch.float32)
-
-
-def start_megatron(config: Config, ranks: Ranks) -> None:
-    """Megatron's process groups and random generators, once in a process."""
-    if not dist.is_initialized():
-        backend = "nccl" if ranks.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    if not parallel_state.model_parallel_is_initialized():
-        # Its default order of ranks is ours: neighbours share the experts.
-        parallel_state.initialize_model_parallel(expert_model_parallel_size=config.parallel.ep)
-        if ranks.device.type == "cuda":
-            model_parallel_cuda_manual_seed(config.run.seed)
-        else:
-            initialize_rng_tracker(inference_rng_tracker=True)
-    assert parallel_state.get_expert_model_parallel_world_size() == config.parallel.ep, "one layout a process"
-
-
-def uses_transformer_engine(device: torch.device) -> bool:
-    """Whether the layers are Transformer Engine's."""
-    return device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
-
-
-def transformer_config(config: Config, device: torch.device) -> TransformerConfig:
-    """Our settings in Megatron's words; `moe.config.limits` has refused those that it has none for."""
-    m = config.model
-    shared = m.num_shared_experts * m.expert_hidden_dim
-    return TransformerConfig(
-        num_layers=m.num_layers,
-        hidden_size=m.dim,
-        num_attention_heads=m.num_heads,
-        num_query_groups=m.num_kv_heads,
-        kv_channels=m.head_dim,
-        ffn_hidden_size=m.dense_hidden_dim,
-        num_moe_experts=m.num_experts,
-        moe_ffn_hidden_size=m.expert_hidden_dim,
-        moe_router_topk=m.top_k,
-        moe_layer_freq=[int(layer >= m.first_k_dense) for layer in range(m.num_layers)],
-        moe_shared_expert_intermediate_size=shared or None,
-        moe_router_load_balancing_type="none",  # all of it is our router's
-        moe_aux_loss_coeff=0.0,
-        moe_grouped_gemm=uses_transformer_engine(device),
-        # The all-to-all of 0.16 uses CUDA streams.
-        moe_token_dispatcher_type="alltoall" if device.type == "cuda" else "allgather",
-        expert_model_parallel_size=config.parallel.ep,
-        normalization="RMSNorm",
-        layernorm_epsilon=m.norm_eps,
-        activation_func=F.silu,
-        gated_linear_unit=True,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bias_dropout_fusion=False,
-        gradient_accumulation_fusion=False,  # an extension of Apex
-        persist_layer_norm=False,
-        masked_softmax_fusion=False,
-        calculate_per_token_loss=True,  # gradients are summed over ranks, not averaged
-        perform_initialization=False,
-        use_cpu_initialization=device.type == "cpu",
-        **RECOMPUTE[config.train.activation_checkpointing],
-    )
-
-
-def block_spec(config: Config, theirs: TransformerConfig, use_te: bool, device: torch.device) -> Any:
-    """Megatron's layers, with our router in the sparse ones."""
-    spec: Any = get_gpt_decoder_block_spec(theirs, use_transformer_engine=use_te, normalization="RMSNorm")
-    for layer in spec.layer_specs[config.model.first_k_dense :]:
-        layer.submodules.mlp.submodules.router = partial(MegatronRouter, config, device)
-    return spec
+    def nothing(self, training: bool) -> RouterStats:
+        """What this rank saw of it."""
+        m = self.model
+        needs = self.needs if training else frozenset()
+        return router_stats.nothing(needs, self.expert_bias_E, m.top_k, m.num_groups, m.group_top_k)

@@ -9,6 +9,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -21,6 +22,18 @@ def patch():
     torch.cuda.current_device = lambda: torch.device("cpu")  # Megatron asks for it by name
     random._get_cuda_rng_state = lambda *_, **__: None  # saved around recomputation: the model draws nothing
     random._set_cuda_rng_state = lambda *_, **__: None
+    torch.cuda.current_stream = lambda *_: None  # 0.19 asks before every reduction, and uses it where it overlaps
+    schedules.torch = OnCpu()  # the schedules count tokens on "cuda"
+
+
+class OnCpu:
+    """torch, but for the device of zeros."""
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def zeros(self, *sizes, device=None, **settings):
+        return torch.zeros(*sizes, **settings)
 
 
 def begin(**parallel):

@@ -128,6 +128,12 @@ def test_memory_divides_only_the_routed_experts():
     assert alone == 16 * p.total
     assert two == 16 * (p.total - p.routed_experts / 2)
     assert cost.state_gib(tiny_config(4, parallel__data="shard"), 4) * 2**30 == 16 * p.total / 4
+    layout = {"model__num_layers": 4, "parallel__ep": 2, "parallel__tp": 2, "parallel__pp": 2}
+    shared = tiny_config(4, train__engine="megatron", **layout)
+    q = cost.parameter_counts(shared)
+    assert cost.state_gib(shared, 4) * 2**30 == 16 * ((q.total - q.routed_experts) / 2 + q.routed_experts / 2) / 2
+    sharded = tiny_config(4, train__engine="megatron", parallel__data="shard", **layout)
+    assert cost.state_gib(sharded, 4) == cost.state_gib(shared, 4) / 2 + 8 * q.total / 4 / 2**30
     t = tiny_config(4).train.model_copy(update={"engine": "deepspeed"})
     stages = [
         tiny_config(4).model_copy(update={"train": t, "deepspeed": DeepSpeedSection(zero_stage=stage)})

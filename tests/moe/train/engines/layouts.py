@@ -57,8 +57,9 @@ def share(rank: int, n: int, step: int, micro: int | None = None) -> list[Batch]
 
 def build(rank: int, n: int, ep: int, data: str, **settings: Any) -> tuple[Engine, Ranks]:
     """An engine with the weights of seed 0; native, unless the settings say otherwise."""
-    config = tiny_config(n, parallel__ep=ep, parallel__data=data, **settings)
-    ranks = build_ranks(rank, n, CPU, ep)
+    config = tiny_config(n, **{"parallel__ep": ep, "parallel__data": data} | settings)
+    p = config.parallel
+    ranks = build_ranks(rank, n, CPU, p.ep, p.tp, p.pp)
     return build_engine(config, ranks, 0), ranks
 
 
