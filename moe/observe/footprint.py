@@ -143,11 +143,11 @@ def memory(config: Config, world_size: int, worst: bool = False) -> Memory:
     if t.activation_checkpointing == "none":
         token, copies = sum(kept[kind].token for kind in sparse), sum(kept[kind].weights for kind in sparse)
     else:
-        stored = {
-            kind: a * m.dim if t.activation_checkpointing == "full" else stored_kept(config, kind, rows)
-            for kind in kept
-        }
-        token, copies = sum(stored[kind] for kind in sparse) + widest.token, widest.weights
+        full = t.activation_checkpointing == "full"
+        stored = {kind: a * m.dim if full else stored_kept(config, kind, rows) for kind in kept}
+        # The block whose turn it is has everything; what is stored of it is not made again.
+        again = widest.token - (0 if full else stored[max(kept, key=lambda kind: kept[kind].token)] - 2 * a * m.dim)
+        token, copies = sum(stored[kind] for kind in sparse) + again, widest.weights
     if sharded:
         copies = 2 * a * block  # gathered: a block and the next
     activations = tokens * (token + norm_kept(m.dim) + a * m.dim + 8)
