@@ -8,7 +8,6 @@ import sys
 from typing import Any, NamedTuple
 
 from moe.config import Config, ConfigError, load, resolve
-from moe.observe import cost, footprint
 
 GB, GIB = 1e9, 2**30
 
@@ -68,6 +67,8 @@ def check(options: argparse.Namespace) -> Device:
 
 def plan(config: Config, device: Device, nodes: int, gpus: int, tokens: float | None, mfu: float) -> dict[str, Any]:
     """Everything that is printed. config: resolved for nodes * gpus ranks."""
+    from moe.observe import cost, footprint
+
     world = nodes * gpus
     counts, flops = cost.parameter_counts(config), cost.flops_per_token(config)
     budget = tokens or config.train.steps * config.tokens_per_step
