@@ -45,6 +45,12 @@ def test_straggler_by_hand():
 def test_packing_puts_heavy_beside_light():
     placed = scale.replicated(np.array([6.0, 5, 2, 1]), 2, 0)
     assert (placed.argmax(1) == [0, 1, 1, 0]).all() and (placed.sum(1) == 1).all()
+    assert scale.replicated(np.array([4.0, 1, 1, 1]), 2, 0).argmax(1).tolist() == [
+        0,
+        1,
+        1,
+        0,
+    ]  # rank 1 is full, not loaded
 
 
 def test_copies_go_to_the_hottest_and_to_other_ranks():
@@ -55,6 +61,8 @@ def test_copies_go_to_the_hottest_and_to_other_ranks():
     assert placed.sum(1) == pytest.approx([1, 1, 1, 1]) and placed[0].tolist() == [0.5, 0.5]
     assert placed[1].tolist() == [0.5, 0.5] and scale.straggler(load[None], placed) == pytest.approx(1)
     assert ((placed > 0).sum(0) == 3).all()  # E / ranks + spare places each
+    # 2 + 2 + 2 for expert 0: the third copy goes to rank 0, which has 3, not to one with 2 that holds it
+    assert scale.replicated(np.array([6.0, 3, 3]), 3, 1)[0] == pytest.approx([1 / 3] * 3)
     lone = scale.replicated(np.array([8.0, 0, 0, 0]), 4, 1)  # more copies than this rule could make before the limit
     assert lone[0].tolist() == [0.25] * 4
 
@@ -126,7 +134,9 @@ def test_from_runs_to_the_table(tmp_path: Path, capsys, monkeypatch):
     found = json.loads(routing.read_text())["runs"]["sign"]
     with np.load(tmp_path / "sign" / "seed0" / "loads.npz") as loads:
         assert found["counts"] == loads["counts"][30:].tolist() and found["steps"] == [31, 40]
-    assert found["batch_tokens"] == 512 and "16" in found["straggler_batch"]
+    rows = [json.loads(line) for line in (tmp_path / "sign" / "seed0" / "metrics.jsonl").read_text().splitlines()]
+    late = [1 + row["moe/maxvio_batch/mean"] for row in rows if row["train/step"] > 30]
+    assert found["batch_tokens"] == 512 and found["straggler_batch"]["16"] == pytest.approx(np.mean(late))
 
     assert scale.main(["simulate", *LARGE, "--routing", str(routing), "--out", str(out), "--plot", str(picture)]) == 0
     text, result = capsys.readouterr().out, json.loads(out.read_text())
