@@ -135,7 +135,9 @@ def test_from_runs_to_the_table(tmp_path: Path, capsys, monkeypatch):
     with np.load(tmp_path / "sign" / "seed0" / "loads.npz") as loads:
         assert found["counts"] == loads["counts"][30:].tolist() and found["steps"] == [31, 40]
     rows = [json.loads(line) for line in (tmp_path / "sign" / "seed0" / "metrics.jsonl").read_text().splitlines()]
-    late = [1 + row["moe/maxvio_batch/mean"] for row in rows if row["train/step"] > 30]
+    late = [
+        1 + row["moe/maxvio_batch/mean"] for row in rows if row["train/step"] > 30 and "moe/maxvio_batch/mean" in row
+    ]
     assert found["batch_tokens"] == 512 and found["straggler_batch"]["16"] == pytest.approx(np.mean(late))
 
     assert scale.main(["simulate", *LARGE, "--routing", str(routing), "--out", str(out), "--plot", str(picture)]) == 0
