@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from launch.plan import DEVICES, GB, Device
 from moe.config import Config, ConfigError, load, resolve
 from moe.observe import cost, footprint
-from moe.observe.runs import read_run
+from moe.observe.runs import RunData, read_run
 from moe.train.about import provenance
 
 WORLDS = [8 * 2**n for n in range(14)]
@@ -75,7 +75,31 @@ def read_recording(path: Path, late: float) -> dict[str, Any]:
         "straggler_batch": {n: value for n, value in batch.items() if value is not None} | {str(experts): 1 + maxvio},
         "val_ce": run.last("val/ce"),
         "counts": run.loads.counts[kept].tolist(),
-    }
+    } | ({} if (rho := scored_correlation(run)) is None else {"rho_of_scores": rho})
+
+
+def scored_correlation(run: RunData) -> float | None:
+    """rho from recorded scores (observe.record_scores, with log_every = 1 so that the bias of every step is there): the
+    variance of the counts of whole sequences over that of independent picks, all layers and steps. None without them."""
+    loads, seq_len, seen, chance = run.loads, run.config["data.seq_len"], 0.0, 0.0
+    if loads is None or loads.bias is None:
+        return None
+    rows = {int(step): row for row, step in enumerate(loads.steps)}
+    for index, layer in enumerate(loads.layers):
+        for file in sorted((run.path / "scores").glob(f"layer_{layer:02d}_steps_*.npz")):
+            with np.load(file) as arrays:
+                scores_NTE, steps, top_k = arrays["scores"], arrays["steps"].tolist(), int(arrays["top_k"])
+            for scores_TE, step in zip(scores_NTE, steps, strict=True):
+                if step not in rows or step - 1 not in rows or len(scores_TE) % seq_len:
+                    continue  # the bias that routed this step is not in loads.npz, or the batch was cut
+                biased_TE = scores_TE + loads.bias[rows[step - 1], index]
+                chosen_TE = np.zeros(biased_TE.shape)
+                np.put_along_axis(chosen_TE, np.argsort(-biased_TE, -1, kind="stable")[:, :top_k], 1, -1)
+                counts_QE = chosen_TE.reshape(-1, seq_len, chosen_TE.shape[-1]).sum(1)
+                p_E = counts_QE.mean(0) / seq_len
+                seen += counts_QE.var(0, ddof=1).sum()
+                chance += (seq_len * p_E * (1 - p_E)).sum()
+    return (seen / chance - 1) / (seq_len - 1) if chance else None
 
 
 # -- how uneven a batch is ---------------------------------------------------------------------------------------------

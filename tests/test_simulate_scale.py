@@ -105,6 +105,29 @@ def test_rho_is_found_again():
     assert scale.correlation(recording(counts)) == 0
 
 
+def test_rho_of_recorded_scores(tmp_path: Path):
+    """Sequences whose tokens all choose alike have rho 1, independent tokens 0; the bias of the step before chooses."""
+    rng, found = np.random.default_rng(0), {}
+    for name, scores in {
+        "alike": np.repeat(rng.random((2, 64, 1, 8)), 32, axis=2),
+        "independent": rng.random((2, 64, 32, 8)),
+        "biased": np.zeros((2, 64, 32, 8)),
+    }.items():
+        run = make_run(tmp_path / name, steps=4, layers=1)
+        (run / "config.toml").write_text("[data]\nseq_len = 32\n")
+        bias = np.zeros((4, 1, 8), np.float32)
+        bias[1:3, 0, 5] = 2.0 * (name == "biased")  # steps 2 and 3: for the tokens of 3 and 4
+        np.savez(run / "loads.npz", steps=[1, 2, 3, 4], counts=np.ones((4, 1, 8), int), bias=bias, layers=[1])
+        (run / "scores").mkdir()
+        scores = scores.reshape(2, 64 * 32, 8).astype(np.float32)
+        np.savez(run / "scores" / "layer_01_steps_3-4.npz", scores=scores, top_k=1, steps=[3, 4])
+        found[name] = scale.scored_correlation(scale.read_run(run))
+        np.savez(run / "loads.npz", steps=[4], counts=np.ones((1, 1, 8), int), bias=bias[:1], layers=[1])
+        assert scale.scored_correlation(scale.read_run(run)) is None  # the bias of step 3 is not known
+    assert found["biased"] is None  # every token at expert 5: no variance, and none by chance
+    assert found["alike"] == pytest.approx(1, abs=0.05) and found["independent"] == pytest.approx(0, abs=0.005)
+
+
 def test_even_loads_cost_nothing_and_more_groups_wait_longer():
     config = resolve(load(LARGE[1:2], [*SHAPE, "--train.batch_size", "32"]), 8, cuda=True)
     skewed = np.full((3, 2, 16), 100)
