@@ -155,6 +155,11 @@ def main(argv: list[str]) -> int:
     try:
         device = check(options)
         config = resolve(load(options.config, overrides), options.nodes * options.gpus, cuda=True)
+        if config.train.engine != "native":
+            raise ConfigError(
+                f"train.engine = {config.train.engine!r} holds other things than the native engine, the only one that is planned: "
+                "plan with --train.engine native"
+            )
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

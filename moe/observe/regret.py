@@ -204,7 +204,7 @@ class RegretMeter:
         keys_T = keys_of_probe(self.seed, probe, scores_LTE.shape[1])
         room = len(s["keys_R"])
         kept = torch.cat([s["keys_R"], keys_T]).topk(room, largest=False).indices
-        come = (kept[kept >= room] - room).sort().values
+        come = kept[kept >= room] - room
         stays = torch.zeros(room, dtype=torch.bool).index_fill_(0, kept[kept < room], True) & s["keys_R"].isfinite()
         place = (~stays).nonzero()[: len(come), 0]  # the first free ones: what is filled stays in front
         chosen_LCE = scores_LTE[:, come]

@@ -383,3 +383,12 @@ def test_a_real_torchrun(words, monkeypatch, capfd, tmp_path):
     assert out == "rank 0 out\n"
     assert "noted by 0\n" in err and "noted by 1" not in err
     assert "(rank 1)" in err and "ValueError: rank 1 has had enough" in err and "stderr.log" in err
+
+
+def test_a_reader_that_stops_reading_is_no_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "launch.cli", "plan", "--config", "configs/tiny.toml", "--gpus", "2"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -66,6 +66,7 @@ def test_what_does_not_fit_ends_with_2_and_the_way_out(capsys):
         ([*LARGE, "--memory", "0"], "--memory = 0 is out of range"),
         ([*LARGE, "--gpus", "3"], "parallel.ep = 8"),
         (["--config", "configs/deepseek-v3.toml", "--nodes", "240"], "parallel.data = 'shard' cannot divide"),
+        ([*LARGE, "--train.engine", "deepspeed"], "train.engine = 'deepspeed' holds other things"),
         ([*LARGE, "--train.stepps", "4"], "did you mean train.steps?"),
     ],
 )

@@ -109,6 +109,9 @@ def test_the_worst_load_is_every_token_of_the_group_at_one_rank():
     config = tiny_config(4, **SHAPE, parallel__ep=4)
     assert footprint.rows_per_token(config, worst=False) == 2
     assert footprint.rows_per_token(config, worst=True) == 4 * 2  # two experts a rank: both
+    assert (
+        footprint.rows_per_token(tiny_config(8, **SHAPE | {"train__batch_size": 8}, parallel__ep=8), True) == 8
+    )  # one
     balanced, worst = (footprint.memory(config, 4, w) for w in (False, True))
     assert worst.peak > balanced.peak and worst.parameters == balanced.parameters
     rows = 32 * (8 - 2)  # one sequence a rank

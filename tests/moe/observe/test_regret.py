@@ -127,8 +127,10 @@ def test_turns(monkeypatch, rate, expected):
 
 def test_the_reservoir_is_that_of_the_smallest_keys_whatever_its_order():
     m, seen = meter(reservoir=300), probes(5)
-    for scores in seen:
+    for n, scores in enumerate(seen):
         m.observe(scores, torch.zeros(2, E), ALONE)
+        filled = min(300, (n + 1) * T)
+        assert m.state["keys_R"].isfinite().tolist() == [True] * filled + [False] * (300 - filled)
     generators = [regret.keys_of_probe(0, n, T) for n in range(5)]
     order = torch.cat(generators).argsort()[:300]
     expected = torch.cat(seen, dim=1)[:, order]
