@@ -28,7 +28,6 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,6 +55,7 @@ from moe.train.engines import build_engine, megatron_core, megatron_setup
 from moe.train.engines.megatron_core import MegatronEngine
 from moe.train.engines.megatron_weights import from_ours, to_ours
 from moe.train.optim import build_optimizer
+from scripts.bench_balance_cost import SECONDS, timed
 
 BATCH, SEQ, VOCAB, DIM, LAYERS, EXPERTS, TOP_K, HIDDEN = 8, 128, 2048, 256, 4, 16, 2, 256  # BATCH: of a rank
 WARM_UP = 3  # turns that are not counted
@@ -63,7 +63,6 @@ WAIT = "all-reduce, wait"
 PAIRS = [
     (a, b) for a in ("native", "deepspeed", "megatron") for b in (f"{a}_none", f"{a}_stock") if b != "native_stock"
 ]
-SECONDS: dict[str, float] = {}
 
 
 def our_config(engine: str, method: str, ranks: Ranks) -> Config:
@@ -229,19 +228,6 @@ def build_arms(method: str, ranks: Ranks) -> dict[str, Any]:
 
 
 # -- the measurement ---------------------------------------------------------------------------------------------------
-
-
-def timed(owner: object, name: str, label: str) -> None:
-    """Add the seconds of every call of owner.name to SECONDS[label]."""
-    inner: Callable = getattr(owner, name)
-
-    def outer(*args, **kwargs):
-        start = time.perf_counter()
-        result = inner(*args, **kwargs)
-        SECONDS[label] = SECONDS.get(label, 0.0) + time.perf_counter() - start
-        return result
-
-    setattr(owner, name, outer)
 
 
 def finished(ranks: Ranks) -> float:

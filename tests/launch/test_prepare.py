@@ -342,30 +342,24 @@ def test_a_missing_tool_is_named_with_the_way_out(tmp_path):
         corpora.fetch(package, tmp_path)
 
 
-def debian_package(files):
-    """An `ar` archive as dpkg-deb writes it: every member padded to two bytes."""
+def packed(files, mode="w:gz"):
+    """A .tgz as npm writes it, or another tar archive."""
     content = io.BytesIO()
-    with tarfile.open(fileobj=content, mode="w:xz") as tar:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    members = [("debian-binary", b"2.0\n"), ("control.tar.xz", b"odd"), ("data.tar.xz", content.getvalue())]
-    out = b"!<arch>\n"
-    for name, data in members:
-        out += f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n".encode() + data + b"\n" * (len(data) % 2)
-    return out
-
-
-def packed(files):
-    """A .tgz as npm writes it."""
-    content = io.BytesIO()
-    with tarfile.open(fileobj=content, mode="w:gz") as tar:
+    with tarfile.open(fileobj=content, mode=mode) as tar:
         for name, data in files.items():
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     return content.getvalue()
+
+
+def debian_package(files):
+    """An `ar` archive as dpkg-deb writes it: every member padded to two bytes."""
+    members = [("debian-binary", b"2.0\n"), ("control.tar.xz", b"odd"), ("data.tar.xz", packed(files, "w:xz"))]
+    out = b"!<arch>\n"
+    for name, data in members:
+        out += f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n".encode() + data + b"\n" * (len(data) % 2)
+    return out
 
 
 def test_the_domains_read_their_packages(tmp_path, monkeypatch):
