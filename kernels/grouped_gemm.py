@@ -264,7 +264,8 @@ def _has_own(rows_RD: Tensor) -> bool:
     return rows_RD.device.type == "cpu" and rows_RD.dtype == torch.bfloat16
 
 
-def _grouped_mm(rows_RD: Tensor, weight_eND: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
+def grouped_mm(rows_RD: Tensor, weight_eND: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
+    """The product, differentiable, without Triton."""
     if rows_RD.dtype == torch.float64:  # F.grouped_mm has none
         return grouped_gemm_reference(rows_RD, weight_eND, tokens_per_expert_e)
     if rows_RD.shape[0] == 0:
@@ -274,6 +275,17 @@ def _grouped_mm(rows_RD: Tensor, weight_eND: Tensor, tokens_per_expert_e: Tensor
         return _opaque(rows_RD, weight_eND, tokens_per_expert_e)
     offsets = tokens_per_expert_e.cumsum(0, dtype=torch.int32)
     return F.grouped_mm(rows_RD, weight_eND.transpose(-2, -1), offs=offsets)
+
+
+def grouped_mm_weight_gradient(grad_RN: Tensor, rows_RD: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
+    """grad weight_eND without Triton; exact zeros without rows. Not differentiable."""
+    if rows_RD.dtype == torch.float64 or rows_RD.shape[0] == 0:
+        counts = tokens_per_expert_e.tolist()
+        groups = zip(grad_RN[: sum(counts)].split(counts), rows_RD[: sum(counts)].split(counts), strict=True)
+        return torch.stack([grad.T @ rows for grad, rows in groups])
+    if _has_own(rows_RD) or (torch.compiler.is_compiling() and rows_RD.dtype != torch.bfloat16):
+        return _opaque_weight_gradient(grad_RN, rows_RD, tokens_per_expert_e)
+    return F.grouped_mm(grad_RN.T, rows_RD, offs=tokens_per_expert_e.cumsum(0, dtype=torch.int32))
 
 
 # For bfloat16 on a CPU, and for torch.compile: the fake kernel of F.grouped_mm knows bfloat16 alone (torch 2.13).
@@ -287,15 +299,11 @@ def _opaque(rows_RD: Tensor, weight_eND: Tensor, tokens_per_expert_e: Tensor) ->
     return F.grouped_mm(rows_RD, weight_eND.transpose(-2, -1), offs=offsets)
 
 
-@torch.library.custom_op("alf_moe::grouped_mm_backward", mutates_args=())
-def _opaque_backward(
-    grad_RN: Tensor, rows_RD: Tensor, weight_eND: Tensor, tokens_per_expert_e: Tensor
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("alf_moe::grouped_mm_weight_gradient", mutates_args=())
+def _opaque_weight_gradient(grad_RN: Tensor, rows_RD: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
     if _has_own(rows_RD):
-        grad_rows_RD = cpu.forward(grad_RN, weight_eND.transpose(1, 2), tokens_per_expert_e)
-        return grad_rows_RD, cpu.weight_gradient(grad_RN, rows_RD.contiguous(), tokens_per_expert_e)
-    offsets = tokens_per_expert_e.cumsum(0, dtype=torch.int32)
-    return F.grouped_mm(grad_RN, weight_eND, offs=offsets), F.grouped_mm(grad_RN.T, rows_RD, offs=offsets)
+        return cpu.weight_gradient(grad_RN.contiguous(), rows_RD.contiguous(), tokens_per_expert_e)
+    return F.grouped_mm(grad_RN.T, rows_RD, offs=tokens_per_expert_e.cumsum(0, dtype=torch.int32))
 
 
 @_opaque.register_fake
@@ -303,13 +311,16 @@ def _(rows_RD, weight_eND, tokens_per_expert_e):
     return rows_RD.new_empty(rows_RD.shape[0], weight_eND.shape[1])
 
 
-@_opaque_backward.register_fake
-def _(grad_RN, rows_RD, weight_eND, tokens_per_expert_e):
-    return rows_RD.new_empty(rows_RD.shape), weight_eND.new_empty(weight_eND.shape)
+@_opaque_weight_gradient.register_fake
+def _(grad_RN, rows_RD, tokens_per_expert_e):
+    return grad_RN.new_empty(tokens_per_expert_e.shape[0], grad_RN.shape[1], rows_RD.shape[1])
 
 
 def _differentiate_opaque(ctx, grad_RN):
-    return *_opaque_backward(grad_RN.contiguous(), *ctx.saved_tensors), None
+    rows_RD, weight_eND, counts_e = ctx.saved_tensors
+    grad_rows_RD = _opaque(grad_RN, weight_eND.transpose(1, 2), counts_e) if ctx.needs_input_grad[0] else None
+    grad_weight_eND = _opaque_weight_gradient(grad_RN, rows_RD, counts_e) if ctx.needs_input_grad[1] else None
+    return grad_rows_RD, grad_weight_eND, None
 
 
 _opaque.register_autograd(_differentiate_opaque, setup_context=_save)
@@ -348,5 +359,5 @@ def grouped_gemm(rows_RD: Tensor, weight_eND: Tensor, tokens_per_expert_e: Tenso
     """
     _check(rows_RD, weight_eND, tokens_per_expert_e)
     if not _use_triton(rows_RD, weight_eND, backend):
-        return _grouped_mm(rows_RD, weight_eND, tokens_per_expert_e)
+        return grouped_mm(rows_RD, weight_eND, tokens_per_expert_e)
     return _forward(rows_RD.contiguous(), weight_eND.contiguous(), tokens_per_expert_e)

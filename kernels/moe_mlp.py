@@ -28,14 +28,15 @@ from torch import Tensor
 from triton import knobs
 
 from kernels.backend import Backend, fused
-from kernels.combine import combine, combine_forward, combine_reference
+from kernels.combine import combine_forward, combine_reference, weighted_sum
 from kernels.grouped_gemm import (
     Blocks,
     Tiles,
     gemm_blocks,
     grouped_forward,
-    grouped_gemm,
     grouped_gemm_reference,
+    grouped_mm,
+    grouped_mm_weight_gradient,
     grouped_weight_gradient,
     rounded,
     row_tiles,
@@ -43,8 +44,9 @@ from kernels.grouped_gemm import (
     tile_rows,
 )
 from kernels.grouped_gemm_table import faster
-from kernels.permute import Permutation, permute
+from kernels.permute import Permutation, gather_rows, sum_rows
 from kernels.permute_triton import permute_backward
+from kernels.swiglu import swiglu_backward, swiglu_forward
 
 # -- the reference -----------------------------------------------------------------------------------------------------
 
@@ -64,14 +66,14 @@ def moe_mlp_reference(
 def saved_bytes_per_token(dim: int, hidden: int, top_k: int, element: int = 2) -> dict[str, int]:
     """Bytes that a token keeps for the backward pass, without the weights of the experts and their int64 counts (8 e in all).
 
-    moe_mlp: x, gu and the routing. torch: what autograd keeps of the composition below, rows before and after the experts,
-    gu, silu(gate) and h. permute: an implementation that keeps the permuted x, gu, h and the rows for combine.
+    moe_mlp: x, gu and the routing. torch: without Triton, the permuted x in the place of x. permute: an implementation that
+    keeps the permuted x, gu, h and the rows for combine.
     The routing is a float32 weight and two int64 indices a pair.
     """
     routing = top_k * (4 + 8 + 8)
     return {
         "moe_mlp": element * (dim + 2 * top_k * hidden) + routing,
-        "torch": element * top_k * (2 * dim + 4 * hidden) + routing,
+        "torch": element * top_k * (dim + 2 * hidden) + routing,
         "permute": element * top_k * (2 * dim + 3 * hidden) + routing,
     }
 
@@ -310,19 +312,37 @@ def _check(x_TD: Tensor, topk_weights_TK: Tensor, permutation: Permutation, w13_
             raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}: give int64 on {x_TD.device}")
 
 
-def _composed(
-    x_TD: Tensor,
-    topk_weights_TK: Tensor,
-    permutation: Permutation,
-    w13_e2FD: Tensor,
-    w2_eDF: Tensor,
-    backend: Backend,
-    products: Backend,
-) -> Tensor:
-    counts_e = permutation.counts_E
-    gate_RF, up_RF = grouped_gemm(permute(x_TD, permutation, backend), w13_e2FD, counts_e, products).chunk(2, dim=-1)
-    rows_RD = grouped_gemm(F.silu(gate_RF) * up_RF, w2_eDF, counts_e, products)
-    return combine(rows_RD, topk_weights_TK, permutation, backend)
+class _Composed(torch.autograd.Function):
+    # The equations at the top. The rows of x stay for the gradient of w13, where the Triton path gathers them once more.
+    @staticmethod
+    def forward(
+        ctx, x_TD: Tensor, topk_weights_TK: Tensor, w13_e2FD: Tensor, w2_eDF: Tensor, permutation: Permutation
+    ) -> Tensor:
+        order_R, inverse_TK, counts_e, masked, padded = permutation
+        rows_RD = gather_rows(x_TD, permutation.token_R, padded)
+        gu_R2F = grouped_mm(rows_RD, w13_e2FD, counts_e)
+        ctx.save_for_backward(rows_RD, topk_weights_TK, w13_e2FD, w2_eDF, gu_R2F, order_R, inverse_TK, counts_e)
+        ctx.masked, ctx.padded = masked, padded
+        return weighted_sum(grouped_mm(swiglu_forward(gu_R2F), w2_eDF, counts_e), topk_weights_TK, inverse_TK, masked)
+
+    @staticmethod
+    def backward(ctx, grad_TD: Tensor):
+        rows_RD, topk_weights_TK, w13_e2FD, w2_eDF, gu_R2F, order_R, inverse_TK, counts_e = ctx.saved_tensors
+        token_R = order_R.div(inverse_TK.shape[1], rounding_mode="floor")
+        grad_RD = gather_rows(grad_TD, token_R, ctx.padded)
+        wide = torch.promote_types(gu_R2F.dtype, topk_weights_TK.dtype)
+        grad_h_RF = grouped_mm(grad_RD, w2_eDF.transpose(1, 2), counts_e).to(wide)  # without the weight of the row
+        weight_R1 = topk_weights_TK.reshape(-1)[order_R][:, None]  # of some pair where there is none: never read
+        gate_RF, up_RF = gu_R2F.to(wide).chunk(2, dim=-1)
+        silu_RF = F.silu(gate_RF)
+        h_RF = silu_RF * up_RF
+        grad_weight_R = (grad_h_RF * h_RF).sum(dim=-1).to(topk_weights_TK.dtype)
+        grad_weights_TK = F.pad(grad_weight_R, (0, 1))[inverse_TK]  # -1: the last one, 0
+        grad_gu_R2F = swiglu_backward(grad_h_RF.mul_(weight_R1), gate_RF, up_RF, silu_RF).to(gu_R2F.dtype)
+        grad_w2_eDF = grouped_mm_weight_gradient(grad_RD, h_RF.mul_(weight_R1).to(gu_R2F.dtype), counts_e)
+        grad_w13_e2FD = grouped_mm_weight_gradient(grad_gu_R2F, rows_RD, counts_e)
+        grad_rows_RD = grouped_mm(grad_gu_R2F, w13_e2FD.transpose(1, 2), counts_e)
+        return sum_rows(grad_rows_RD, inverse_TK, ctx.masked), grad_weights_TK, grad_w13_e2FD, grad_w2_eDF, None
 
 
 def moe_mlp(
@@ -341,10 +361,9 @@ def moe_mlp(
     """
     _check(x_TD, topk_weights_TK, permutation, w13_e2FD, w2_eDF)
     tensors = (x_TD, topk_weights_TK, w13_e2FD, w2_eDF)
-    if not fused(x_TD, backend) or x_TD.dtype == torch.float64:
-        return _composed(x_TD, topk_weights_TK, permutation, w13_e2FD, w2_eDF, backend, backend)
-    if backend == "auto" and faster("moe_mlp", x_TD, w13_e2FD, len(permutation.order_R)) == "torch":
-        return _composed(x_TD, topk_weights_TK, permutation, w13_e2FD, w2_eDF, backend, "torch")
+    by_torch = not fused(x_TD, backend) or x_TD.dtype == torch.float64
+    if by_torch or (backend == "auto" and faster("moe_mlp", x_TD, w13_e2FD, len(permutation.order_R)) == "torch"):
+        return _Composed.apply(x_TD, topk_weights_TK, w13_e2FD, w2_eDF, permutation)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     x_TD, topk_weights_TK, w13_e2FD, w2_eDF = (tensor.contiguous() for tensor in tensors)
     routing = (permutation.order_R, permutation.inverse_TK, permutation.counts_E)

@@ -23,9 +23,9 @@ LATENT_EPS = 1e-6
 
 
 class Positions(NamedTuple):
-    """What attention needs to know about the places of the tokens: rotary cos, sin [S, d/2] float32, d the dims that are
-    turned (a head's, or qk_rope_head_dim); and, only with a document mask, either mask_B1SS bool (CPU) or the cumulative
-    document lengths of the flattened batch (CUDA)."""
+    """What attention needs to know about the places of the tokens: rotary cos, sin [S, 1, d] float32, d the dims that are
+    turned (a head's, or qk_rope_head_dim), both halves alike but for the sign of sin: minus, then plus; and, only with a
+    document mask, either mask_B1SS bool (CPU) or the cumulative document lengths of the flattened batch (CUDA)."""
 
     cos: Tensor
     sin: Tensor
@@ -53,14 +53,33 @@ def positions(tokens_BS: Tensor, model: ModelSection, eos_id: int | None) -> Pos
             same = document_BS[:, :, None] == document_BS[:, None, :]
             causal = torch.ones(seq, seq, dtype=torch.bool, device=tokens_BS.device).tril()
             mask_B1SS = (same & causal)[:, None]
-    return Positions(angles.cos(), angles.sin(), mask_B1SS, document_ends)
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    return Positions(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1), mask_B1SS, document_ends)
 
 
-def rotate(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of the two halves of each head, in float32."""
-    a, b = x_BSHd.float().chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x_BSHd.dtype)
+class _Rotate(torch.autograd.Function):
+    """Rotary embedding of the two halves of each head, in float32: x cos + (its halves swapped) sin. Backward turns the
+    gradient the other way, where autograd would go through ten operations one by one."""
+
+    @staticmethod
+    def forward(ctx, x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x_BSHd, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx, grad_BSHd: Tensor):
+        cos, sin = ctx.saved_tensors
+        return _turn(grad_BSHd, cos, sin, -1), None, None
+
+
+def _turn(x_BSHd: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    x = x_BSHd.float()
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin, value=sign).to(x_BSHd.dtype)
+
+
+def rotate(x_BSHd: Tensor, where: Positions) -> Tensor:
+    """x_BSHd turned by its positions (RoFormer, arXiv:2104.09864, eq. 34, the pairs half a head apart), same dtype."""
+    return _Rotate.apply(x_BSHd, where.cos, where.sin)
 
 
 class GQA(nn.Module):
@@ -79,8 +98,8 @@ class GQA(nn.Module):
     def forward(self, x_BSD: Tensor, where: Positions) -> Tensor:
         """x_BSD -> [B, S, D], same dtype."""
         batch, seq, _ = x_BSD.shape
-        q = rotate(self.wq(x_BSD).view(batch, seq, self.num_heads, self.head_dim), where.cos, where.sin)
-        k = rotate(self.wk(x_BSD).view(batch, seq, self.num_kv_heads, self.head_dim), where.cos, where.sin)
+        q = rotate(self.wq(x_BSD).view(batch, seq, self.num_heads, self.head_dim), where)
+        k = rotate(self.wk(x_BSD).view(batch, seq, self.num_kv_heads, self.head_dim), where)
         v = self.wv(x_BSD).view(batch, seq, self.num_kv_heads, self.head_dim)
         return self.wo(attend(q, k, v, where).flatten(2))
 
@@ -120,8 +139,8 @@ class MLA(nn.Module):
         q_nope, q_rope = q.unflatten(-1, heads).split([self.nope, self.rope], dim=-1)
         latent, k_rope = self.wkv_a(x_BSD).split([self.kv_lora_rank, self.rope], dim=-1)
         k_nope, v = self.wkv_b(self.kv_norm(latent)).unflatten(-1, heads).split([self.nope, self.v_head_dim], dim=-1)
-        k_rope = rotate(k_rope[:, :, None], where.cos, where.sin).expand(-1, -1, self.num_heads, -1)
-        q = torch.cat([q_nope, rotate(q_rope, where.cos, where.sin)], dim=-1)
+        k_rope = rotate(k_rope[:, :, None], where).expand(-1, -1, self.num_heads, -1)
+        q = torch.cat([q_nope, rotate(q_rope, where)], dim=-1)
         return self.wo(attend(q, torch.cat([k_nope, k_rope], dim=-1), v, where).flatten(2))
 
 

@@ -16,6 +16,7 @@ from kernels.backend import Backend
 from kernels.grouped_gemm import grouped_gemm
 from kernels.moe_mlp import moe_mlp
 from kernels.permute import Permutation
+from kernels.swiglu import swiglu
 
 
 def cast(weight: Tensor, like: Tensor) -> Tensor:
@@ -42,8 +43,7 @@ class SwiGLU(nn.Module):
         self.w2 = Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w13(x).chunk(2, dim=-1)
-        return self.w2(F.silu(gate) * up)
+        return self.w2(swiglu(self.w13(x)))
 
 
 class Experts(nn.Module):
@@ -77,8 +77,8 @@ class Experts(nn.Module):
     def forward(self, rows_RD: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
         """rows_RD sorted by local expert -> rows_RD, same order."""
         w13, w2 = self._weights(rows_RD)
-        gate, up = grouped_gemm(rows_RD, w13, tokens_per_expert_e, self.backend).chunk(2, dim=-1)
-        return grouped_gemm(F.silu(gate) * up, w2, tokens_per_expert_e, self.backend)
+        gu_R2F = grouped_gemm(rows_RD, w13, tokens_per_expert_e, self.backend)
+        return grouped_gemm(swiglu(gu_R2F), w2, tokens_per_expert_e, self.backend)
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

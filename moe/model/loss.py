@@ -35,7 +35,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 exps.scatter_add_(-1, index, -real[:, None].float())
                 grad_logits = exps.to(hidden.dtype)
                 grad_hidden[start : start + chunk] = grad_logits @ weight
-                grad_weight += grad_logits.T @ hidden
+                if hidden.dtype == torch.float32:
+                    grad_weight.addmm_(grad_logits.T, hidden)
+                else:
+                    grad_weight += grad_logits.T @ hidden
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 

@@ -35,9 +35,9 @@ def element_bytes(config: Config) -> int:
     return 2 if config.train.compute_dtype == "bfloat16" else 4
 
 
-def norm_kept(dim: int) -> float:
-    """Of a token: input and normalised input in float32, and one factor."""
-    return 8 * dim + 4
+def norm_kept(dim: int, a: int) -> float:
+    """Of a token: the input, and one float32 factor."""
+    return a * dim + 4
 
 
 def attention_kept(m: ModelSection, a: int) -> Kept:
@@ -48,10 +48,10 @@ def attention_kept(m: ModelSection, a: int) -> Kept:
         kv = m.num_kv_heads or heads
         return Kept(a * (m.dim + 2 * heads * qk + 2 * kv * qk) + 4 * heads, weights)
     rank, width = m.kv_lora_rank or 0, max(qk, v)
-    token = a * m.dim + 4 * heads + norm_kept(rank) + a * rank
-    token += 4 * (m.qk_rope_head_dim or 0) if a == 4 else 0  # the latent is a part of what the shared key is in
+    latent = rank + (m.qk_rope_head_dim or 0)  # the latent is a part of what the shared key is in
+    token = a * m.dim + 4 * heads + norm_kept(latent, a) + a * rank
     if m.q_lora_rank is not None:
-        token += norm_kept(m.q_lora_rank) + a * m.q_lora_rank
+        token += norm_kept(m.q_lora_rank, a) + a * m.q_lora_rank
     # Queries, keys, values and output of one width; unpadded values are a part of the up-projection, padded output a copy.
     values = (m.qk_nope_head_dim or 0) + v if v == width else width
     token += a * heads * (3 * width + values) + (a * heads * v if v != width else 0)
@@ -59,8 +59,8 @@ def attention_kept(m: ModelSection, a: int) -> Kept:
 
 
 def swiglu_kept(dim: int, hidden: int, a: int) -> Kept:
-    """Gate and up, silu(gate), and their product; not the input."""
-    return Kept(4 * a * hidden, 0 if a == 4 else a * 3 * dim * hidden)
+    """Gate and up, and what is made of them; not the input."""
+    return Kept(3 * a * hidden, 0 if a == 4 else a * 3 * dim * hidden)
 
 
 def router_kept(m: ModelSection, a: int) -> float:
@@ -70,15 +70,18 @@ def router_kept(m: ModelSection, a: int) -> float:
 
 
 def experts_kept(m: ModelSection, a: int, rows: int, experts: int) -> Kept:
-    """rows: per token, K when all experts are here. The rows, gate and up, silu(gate), the product, what comes back."""
-    token = a * (rows * (m.dim + 4 * m.expert_hidden_dim) + m.top_k * m.dim)
+    """rows: per token, K when all experts are here. The rows, gate and up; of an exchange also what is made of them and what
+    comes back."""
+    token = a * rows * (m.dim + 2 * m.expert_hidden_dim)
+    if experts < m.num_experts:
+        token += a * (rows * m.expert_hidden_dim + m.top_k * m.dim)
     return Kept(token, 0 if a == 4 else a * 3 * experts * m.dim * m.expert_hidden_dim)
 
 
 def block_kept(config: Config, sparse: bool, rows: int) -> Kept:
     """Of one block; rows: at this rank's experts, per token of its own."""
     m, a = config.model, element_bytes(config)
-    kept = Kept(2 * norm_kept(m.dim), 0) + attention_kept(m, a)
+    kept = Kept(2 * norm_kept(m.dim, a), 0) + attention_kept(m, a)
     if not sparse:
         hidden = m.dense_hidden_dim or (m.top_k + m.num_shared_experts) * m.expert_hidden_dim
         return kept + Kept(a * m.dim, 0) + swiglu_kept(m.dim, hidden, a)
@@ -150,7 +153,7 @@ def memory(config: Config, world_size: int, worst: bool = False) -> Memory:
         token, copies = sum(stored[kind] for kind in sparse) + again, widest.weights
     if sharded:
         copies = 2 * a * block  # gathered: a block and the next
-    activations = tokens * (token + norm_kept(m.dim) + a * m.dim + 8)
+    activations = tokens * (token + norm_kept(m.dim, a) + a * m.dim + 8)
     # The gradient of the head is taken with the loss: it, a second one or the head itself, and the logits of a chunk.
     head, chunk = m.vocab_size * m.dim, min(t.loss_chunk, tokens)
     loss = 8 * head + chunk * m.vocab_size * (6 if a == 2 else 4)

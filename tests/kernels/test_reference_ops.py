@@ -391,11 +391,16 @@ def moe_mlp_composed(x, weights, p, w13, w2):
     return combine(grouped_gemm(F.silu(gate) * up, w2, p.counts_E), weights, p)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_moe_mlp_is_the_layer_s_composition_to_the_bit(dtype):
-    arguments = moe_mlp_arguments(dtype)
-    for found, expected in zip(*(moe_mlp_run(fn, arguments) for fn in (moe_mlp, moe_mlp_composed)), strict=True):
-        assert torch.equal(found, expected)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 5e-7), (torch.bfloat16, 8e-3), (torch.float64, 1e-15)]
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_moe_mlp_is_the_layer_s_composition(dtype, tolerance, masked):
+    arguments = moe_mlp_arguments(dtype, masked)
+    (out, *grads), (expected, *wanted) = (moe_mlp_run(fn, arguments) for fn in (moe_mlp, moe_mlp_composed))
+    assert torch.equal(out, expected)
+    for found, want in zip(grads, wanted, strict=True):  # it weights the narrow rows, the composition the wide ones
+        assert (found - want).norm() <= tolerance * want.norm()
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -431,9 +436,9 @@ def test_what_autograd_saves_of_the_composition_is_what_the_table_says():
     counts = saved.pop(p.counts_E.untyped_storage().data_ptr())
     table = saved_bytes_per_token(24, 16, 2)
     assert counts < 100 and sum(saved.values()) == 40 * table["torch"] and parameters > 0
-    assert table == {"moe_mlp": 216, "torch": 488, "permute": 424}
+    assert table == {"moe_mlp": 216, "torch": 264, "permute": 424}
 
 
 def test_saved_bytes_of_a_large_layer():
     table = saved_bytes_per_token(2048, 1408, 6)  # DeepSeek-V2-Lite's routed experts, in KB a token
-    assert {name: value // 1000 for name, value in table.items()} == {"moe_mlp": 38, "torch": 116, "permute": 99}
+    assert {name: value // 1000 for name, value in table.items()} == {"moe_mlp": 38, "torch": 58, "permute": 99}

@@ -260,8 +260,8 @@ def test_evaluation_of_a_token_does_not_depend_on_later_tokens(attention):
 def test_rope_scores_depend_on_distance_only():
     where = positions(torch.zeros(1, 12, dtype=torch.int64), tiny_config().model, None)
     q, k = torch.randn(8), torch.randn(8)
-    turned_q = rotate(q.expand(1, 12, 1, 8), where.cos, where.sin)[0, :, 0]
-    turned_k = rotate(k.expand(1, 12, 1, 8), where.cos, where.sin)[0, :, 0]
+    turned_q = rotate(q.expand(1, 12, 1, 8), where)[0, :, 0]
+    turned_k = rotate(k.expand(1, 12, 1, 8), where)[0, :, 0]
     scores = turned_q @ turned_k.T
     assert torch.allclose(scores.diagonal(-3), scores[3, 0].expand(9), atol=1e-5)
     assert not torch.allclose(scores[3, 0], scores[4, 0], atol=1e-4)
@@ -319,7 +319,10 @@ def test_a_compiled_block_is_one_graph_and_the_same_function(method, attention, 
     for block in compiled.blocks:
         block.compile(fullgraph=True, backend="aot_eager")  # fullgraph: a graph break raises
     out, again = loss_and_grads(compiled)
-    assert torch.equal(out.ce, plain.ce)
-    assert all(torch.equal(again[name], gradient) for name, gradient in grads.items())
+    # A compiled norm sums its squares in another order: bits apart in float32, rounded away in bfloat16.
+    tolerance = 2e-6 if dtype == "float32" else 0
+    assert out.ce.item() == pytest.approx(plain.ce.item(), rel=tolerance)
+    for name, gradient in grads.items():
+        assert (again[name] - gradient).norm() <= tolerance * gradient.norm(), name
     for name, statistic in plain.stats._asdict().items():
         assert statistic is None or torch.equal(getattr(out.stats, name), statistic), name
