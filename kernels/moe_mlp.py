@@ -28,12 +28,13 @@ from torch import Tensor
 from triton import knobs
 
 from kernels.backend import Backend, fused
-from kernels.combine import combine_forward, combine_reference, weighted_sum
+from kernels.combine import combine, combine_forward, combine_reference, weighted_sum
 from kernels.grouped_gemm import (
     Blocks,
     Tiles,
     gemm_blocks,
     grouped_forward,
+    grouped_gemm,
     grouped_gemm_reference,
     grouped_mm,
     grouped_mm_weight_gradient,
@@ -44,9 +45,9 @@ from kernels.grouped_gemm import (
     tile_rows,
 )
 from kernels.grouped_gemm_table import faster
-from kernels.permute import Permutation, gather_rows, sum_rows
+from kernels.permute import Permutation, gather_rows, permute, sum_rows
 from kernels.permute_triton import permute_backward
-from kernels.swiglu import swiglu_backward, swiglu_forward
+from kernels.swiglu import swiglu, swiglu_backward, swiglu_forward
 
 # -- the reference -----------------------------------------------------------------------------------------------------
 
@@ -312,7 +313,7 @@ def _check(x_TD: Tensor, topk_weights_TK: Tensor, permutation: Permutation, w13_
             raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}: give int64 on {x_TD.device}")
 
 
-class _Composed(torch.autograd.Function):
+class _Torch(torch.autograd.Function):
     # The equations at the top. The rows of x stay for the gradient of w13, where the Triton path gathers them once more.
     @staticmethod
     def forward(
@@ -361,10 +362,13 @@ def moe_mlp(
     """
     _check(x_TD, topk_weights_TK, permutation, w13_e2FD, w2_eDF)
     tensors = (x_TD, topk_weights_TK, w13_e2FD, w2_eDF)
-    by_torch = not fused(x_TD, backend) or x_TD.dtype == torch.float64
-    if by_torch or (backend == "auto" and faster("moe_mlp", x_TD, w13_e2FD, len(permutation.order_R)) == "torch"):
-        return _Composed.apply(x_TD, topk_weights_TK, w13_e2FD, w2_eDF, permutation)
+    if not fused(x_TD, backend) or x_TD.dtype == torch.float64:
+        return _Torch.apply(x_TD, topk_weights_TK, w13_e2FD, w2_eDF, permutation)
+    counts_e = permutation.counts_E
+    if backend == "auto" and faster("moe_mlp", x_TD, w13_e2FD, len(permutation.order_R)) == "torch":
+        gu_R2F = grouped_gemm(permute(x_TD, permutation), w13_e2FD, counts_e, "torch")
+        return combine(grouped_gemm(swiglu(gu_R2F), w2_eDF, counts_e, "torch"), topk_weights_TK, permutation)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     x_TD, topk_weights_TK, w13_e2FD, w2_eDF = (tensor.contiguous() for tensor in tensors)
-    routing = (permutation.order_R, permutation.inverse_TK, permutation.counts_E)
+    routing = (permutation.order_R, permutation.inverse_TK, counts_e)
     return _forward(x_TD, topk_weights_TK, *routing, w13_e2FD, w2_eDF, save)[0]
