@@ -12,6 +12,7 @@ from moe.balance import BALANCERS
 from moe.config import ASSIGNMENTS, Config, ConfigError, load, resolve, to_toml, validate
 from moe.config.schema import TrainSection
 from moe.observe.cost import parameter_counts
+from tests.tiny import tiny_tree
 
 FOLDER = Path(__file__).parents[1] / "configs"
 SIZES = sorted(path.stem for path in FOLDER.glob("*.toml"))
@@ -230,3 +231,21 @@ def test_the_model_of_a_published_shape_has_these_parameters(name: str):
 def test_parameter_counts(name: str):
     counts = parameter_counts(config(name, WORLDS[name][0]))
     assert (counts.total, counts.active) == BY_HAND[name]
+
+
+@pytest.mark.parametrize(
+    ("train", "says"),
+    [
+        ({"engine": "deepspeed"}, r"train\.compile = true .* train\.engine = 'deepspeed'"),
+        ({"activation_checkpointing": "selective"}, r"train\.compile = true hides .* set that to none or full"),
+        ({}, r"needs a C\+\+ compiler on a CPU, and no-such-compiler is not there"),
+    ],
+)
+def test_compile_is_refused_where_it_cannot_be(train, says, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    tree = tiny_tree()
+    tree["train"] |= {"compile": True} | train
+    with pytest.raises(ConfigError, match=says):
+        resolve(validate(tree))
+    tree["train"] = {"steps": 1, "batch_size": 8, "compile": True}
+    assert resolve(validate(tree), cuda=True).train.compile

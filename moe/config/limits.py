@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 from moe.config.engines import check_deepspeed, check_megatron, check_shared, require
 from moe.config.schema import ASSIGNMENTS, RATES, BalanceSection, Config, ModelSection
 
@@ -18,6 +21,7 @@ def resolve(config: Config, world_size: int = 1, cuda: bool = False) -> Config:
         config.train.kernels != "triton" or cuda,
         "train.kernels = 'triton' needs a GPU, and this run has none: set it to torch or auto",
     )
+    _check_compile(config, cuda)
     _check_balance(config)
     _check_assignment(config, world_size)
     check_deepspeed(config, cuda)
@@ -48,6 +52,27 @@ def resolve(config: Config, world_size: int = 1, cuda: bool = False) -> Config:
             ),
             "observe": o.model_copy(update={"regret_every": o.regret_every if in_theory else 0}),
         }
+    )
+
+
+def _check_compile(config: Config, cuda: bool) -> None:
+    t = config.train
+    if not t.compile:
+        return
+    require(
+        t.engine == "native",
+        f"train.compile = true compiles the blocks of the native engine, and train.engine = {t.engine!r}: set one of them back",
+    )
+    require(
+        t.activation_checkpointing != "selective",
+        "train.compile = true hides from train.activation_checkpointing = 'selective' which operations are the expensive ones: "
+        "set that to none or full, or train.compile to false",
+    )
+    compiler = os.environ.get("CXX", "g++")
+    require(
+        cuda or shutil.which(compiler) is not None,
+        f"train.compile = true needs a C++ compiler on a CPU, and {compiler} is not there: install it (apt install g++), name "
+        "another in the environment variable CXX, or set train.compile to false",
     )
 
 

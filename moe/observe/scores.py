@@ -34,7 +34,8 @@ def tapped(routers: Mapping[int, Router]) -> Iterator[dict[int, list[Tensor]]]:
 
     hooks = [router.register_forward_hook(tap(layer)) for layer, router in routers.items()]
     try:
-        yield found
+        with torch.compiler.set_stance("force_eager"):  # a compiled block does not look for new hooks
+            yield found
     finally:
         for hook in hooks:
             hook.remove()

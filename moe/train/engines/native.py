@@ -41,6 +41,9 @@ class NativeEngine:
         self.sharded = config.parallel.data == "shard" and ranks.dp_mesh is not None
         with torch.device("meta" if self.sharded else ranks.device):  # no rank ever holds what it would only shard
             self.model = Transformer(config, ranks, eos_id)
+        if config.train.compile:
+            for block in self.model.blocks:
+                block.compile()
         if self.sharded:
             shard(self.model, ranks)
             self.model.to_empty(device=ranks.device)
