@@ -14,13 +14,15 @@ import torch
 
 from moe.balance import build_balancer
 from moe.config import RATES, Config
+from moe.interop.hf import write_checkpoint
 from moe.model.loss import IGNORED
+from moe.model.transformer import Transformer
 from moe.observe.sinks import read_metrics
 from moe.parallel import Ranks, build_ranks
 from moe.train.data import Batch
 from moe.train.engines import Engine, build_engine
 from moe.train.engines.megatron_weights import from_ours, plain, rows, to_ours
-from moe.train.loop import train
+from moe.train.loop import Run, train
 from tests.corpus import make_token_folder
 from tests.moe.train.engines.layouts import share, whole
 from tests.ranks import run_ranks
@@ -237,6 +239,39 @@ def test_p07_a_run_through_the_loop_resumes_to_the_bit(tmp_path):
     assert losses["whole"][6] < losses["whole"][1]
     assert max(row.get("regret/probes", 0) for row in whole) == 3 and whole[-2]["moe/bias_range/max"] > 0
     assert list((tmp_path / "whole" / "scores").glob("*.npz")) and list((tmp_path / "whole" / "wandb").glob("*"))
+
+
+def started(rank: int, n: int, data: str, hf: str, folder: str, parallel: dict[str, int]) -> dict[str, np.ndarray]:
+    """The state at step 0 of a run that starts from a checkpoint."""
+    warnings.simplefilter("ignore")
+    from tests.moe.interop.megatron_model import patch
+
+    patch()
+    ranks = build_ranks(rank, n, CPU, parallel.get("ep", 1), parallel.get("tp", 1))
+    layout = {f"parallel__{name}": size for name, size in parallel.items()}
+    settings = {"data__path": data, "observe__wandb": "off", "observe__peak_tflops": 1.0, "run__start_from": hf}
+    (out := Path(folder)).mkdir(exist_ok=True)
+    run = Run(tiny_config(n, train__engine="megatron", **settings, **layout), ranks, out, False)
+    found = {name: whole(value) for name, value in run.state()["engine"]["model"].items()}
+    return found | {"bias": run.balancer.bias_LE.numpy()}
+
+
+@needs_megatron
+@pytest.mark.parametrize("parallel", [{"ep": 2}, {"tp": 2}], ids=str)
+def test_p07_a_run_starts_from_a_hugging_face_checkpoint(parallel, tmp_path):
+    model = Transformer(tiny_config(), ALONE)
+    model.init_weights(7)
+    for layer, router in model.routers.items():
+        router.expert_bias_E.normal_(0, 0.2, generator=torch.Generator().manual_seed(layer))
+    saved = model.state_dict()
+    (tmp_path / "hf").mkdir()
+    write_checkpoint(tmp_path / "hf", model.config.model, lambda names: {n: saved[n] for n in names}, 0, 16)
+    data = make_token_folder(tmp_path / "data")
+    for found in run_ranks(started, 2, str(data), str(tmp_path / "hf"), str(tmp_path / "run"), parallel):
+        bias = found.pop("bias")
+        assert found.keys() == saved.keys()
+        assert [name for name, value in saved.items() if not np.array_equal(found[name], value.numpy())] == []
+        assert np.array_equal(bias, torch.stack([r.expert_bias_E for r in model.routers.values()]).numpy())
 
 
 def test_weights_go_over_and_back_for_every_shape_of_attention():
