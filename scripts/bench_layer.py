@@ -6,7 +6,8 @@ Router (sigmoid, renormalised), dispatch, routed experts, combine, one shared ex
 gradient. Outputs are compared before anything is timed. Arms take turns; minima and medians of all repeats. Ours collects the
 statistics of the default balancing rule; the others count tokens at most. In bfloat16 ours and torchtitan cast float32 weights,
 transformers has bfloat16 ones but for the router's. torchtitan computes its experts in bfloat16 whatever the input is, which in
-float32 is less work, and is marked. Routing is that of a random router on random input; no balance is forced.
+float32 is less work, and is marked. Routing is that of a random router on random input; no balance is forced. "products alone": the
+matrix products of the layer with the same loads and nothing else, which no implementation with the same library goes below.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.cases import Shape
+from kernels.grouped_gemm import grouped_gemm
 from moe.config import Config, resolve, validate
 from moe.model.layer import MoELayer
 from moe.parallel import Ranks
@@ -35,6 +37,7 @@ from moe.train.about import provenance
 
 SHAPES = [Shape(2048, 256, 128, 64, 6), Shape(2048, 256, 64, 32, 4), Shape(2048, 512, 512, 16, 2)]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ALONE = "products alone"
 TOLERANCE = {"float32": 1e-5, "bfloat16": 4e-2}  # of the norm of the output: eager adds up in bfloat16
 
 
@@ -151,6 +154,31 @@ def arms(s: Shape, kind: torch.dtype) -> dict[str, Callable[[Tensor], Tensor]]:
     return found | {"torchtitan" if kind == torch.bfloat16 else "torchtitan (experts in bfloat16)": titan_forward}
 
 
+def products(s: Shape, kind: torch.dtype, tokens_E: Tensor) -> Callable[[], None]:
+    """Forward and backward of the products of the router, the routed experts and the shared one."""
+
+    def leaf(*shape: int, dtype: torch.dtype = kind) -> Tensor:
+        return torch.randn(*shape).mul_(0.02).to(dtype).requires_grad_()
+
+    def product(inner: int, outer: int, dtype: torch.dtype = kind) -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
+        x, w = leaf(s.T, inner, dtype=dtype), leaf(outer, inner, dtype=dtype)
+        return lambda: F.linear(x, w), (x, w)
+
+    def grouped(inner: int, outer: int) -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
+        x, w = leaf(s.T * s.K, inner), leaf(s.E, outer, inner)
+        return lambda: grouped_gemm(x, w, tokens_E), (x, w)
+
+    every = [product(s.D, s.E, torch.float32), grouped(s.D, 2 * s.F), grouped(s.F, s.D)]
+    every += [product(s.D, 2 * s.F), product(s.F, s.D)]
+    upstream = [torch.ones_like(run()) for run, _ in every]
+
+    def step() -> None:
+        for (run, leaves), grad in zip(every, upstream, strict=True):
+            torch.autograd.grad(run(), leaves, grad)
+
+    return step
+
+
 def bench(s: Shape, dtype: str, repeats: int) -> dict[str, list[float]]:
     """Check the outputs, then seconds of forward and backward of every arm."""
     kind = DTYPES[dtype]
@@ -163,7 +191,9 @@ def bench(s: Shape, dtype: str, repeats: int) -> dict[str, list[float]]:
             off = float((forward(x_TD).float() - expected).norm() / expected.norm())
             if off > (TOLERANCE["bfloat16"] if "bfloat16" in name else TOLERANCE[dtype]):
                 raise SystemExit(f"{name} is off by {off:.1e} at {s}, {dtype}: nothing is timed")
-    found: dict[str, list[float]] = {name: [] for name in competing}
+        counts_E = our_layer(s)(x_TD)[1].tokens_per_expert
+    alone = products(s, kind, counts_E)
+    found: dict[str, list[float]] = {name: [] for name in [*competing, ALONE]}
     for repeat in range(repeats + 2):
         for name, forward in competing.items():
             x = x_TD.clone().requires_grad_()
@@ -171,6 +201,10 @@ def bench(s: Shape, dtype: str, repeats: int) -> dict[str, list[float]]:
             forward(x).backward(upstream_TD)
             if repeat >= 2:
                 found[name].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        alone()
+        if repeat >= 2:
+            found[ALONE].append(time.perf_counter() - start)
     return found
 
 
@@ -186,8 +220,11 @@ def main() -> None:
     for s in SHAPES:
         for dtype in DTYPES:
             found = bench(s, dtype, options.repeats)
-            fastest = min(min(v) for name, v in found.items() if name not in ("ours", "loop") and "(" not in name)
-            print(f"\n{s}, {dtype}: fastest rival / ours {fastest / min(found['ours']):.2f}")
+            fastest = min(
+                min(v) for name, v in found.items() if name not in ("ours", "loop", ALONE) and "(" not in name
+            )
+            print(f"\n{s}, {dtype}: fastest rival / ours {fastest / min(found['ours']):.2f}", end="; ")
+            print(f"fastest rival / products alone {fastest / min(found[ALONE]):.2f}")
             for name, values in found.items():
                 print(
                     f"  {name:<34} {1e3 * min(values):8.1f} ms, median {1e3 * statistics.median(values):.1f}",
