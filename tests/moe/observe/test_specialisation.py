@@ -147,18 +147,19 @@ def clustered(rng, effect_DVE, document_effect, documents, length):
     return ids_TK[None], Text(token_T, domain_T, document_T)
 
 
-@pytest.mark.parametrize("domain_effect", [0.0, 0.5])
+@pytest.mark.parametrize("domain_effect", [0.0, 1.0])
 def test_interval_and_documents_alone_are_those_of_fresh_documents(domain_effect: float):
     rng = np.random.default_rng(7)
     effect_DVE = domain_effect * rng.normal(size=(3, 20, 6)) + rng.normal(size=(20, 6))
-    large, text = clustered(rng, effect_DVE, 0.4, 1000, 100)
+    large, text = clustered(rng, effect_DVE, 1.0, 1000, 100)
     truth = information(large, 6, text.domain_T, text.token_T, 2, rng).excess_L[0]
-    found = [specialisation(*clustered(rng, effect_DVE, 0.4, 10, 200), 6, seed=seed) for seed in range(40)]
+    found = [specialisation(*clustered(rng, effect_DVE, 1.0, 10, 200), 6, seed=seed) for seed in range(40)]
     excess, alone = np.array([(f.beyond_token.excess_L[0], f.documents_alone_L[0]) for f in found]).T
     low, high = np.array([f.interval_2L[:, 0] for f in found]).T
     assert (low < excess).all() and (excess < high).all()
-    # 40 draws know their standard deviation to 11 %, and of ten documents the interval does not know much more.
-    assert 0.7 < (high - low).mean() / (2 * 1.96 * excess.std(ddof=1)) < 1.5
+    # 40 draws know their standard deviation to 11 %. Where domains do not differ the interval is too wide, 1.4 times; tokens
+    # drawn apart from their documents would make it half as wide.
+    assert 0.75 < (high - low).mean() / (2 * 1.96 * excess.std(ddof=1)) < 1.6
     assert abs((excess - alone).mean() - truth) < 4 * (excess - alone).std() / math.sqrt(40)
     assert excess.mean() - truth > 4 * excess.std() / math.sqrt(40)  # alone, the excess counts documents as domains
     assert ((low - alone < truth) & (truth < high - alone)).mean() >= 0.8
