@@ -178,7 +178,9 @@ def held_out(
 
 
 def no_domains(config: Config, data: TokenData) -> str | None:
-    """Why there is nothing to measure; None: there is."""
+    """Why there is nothing to measure; None: there is. Asked before the other tasks, whose results an error would lose."""
+    from moe.train.folder import DataError
+
     if config.model.first_k_dense >= config.model.num_layers:
         return (
             f"model.first_k_dense = {config.model.first_k_dense} leaves no layer with a router: take a run that has one"
@@ -188,6 +190,10 @@ def no_domains(config: Config, data: TokenData) -> str | None:
             f"data.path = {config.data.path!r} gave the run one source, {data.names[0]}, and domains are told apart by their "
             "source: take a run on two or more, as of `alf-moe prepare --corpus domains`"
         )
+    try:
+        data.labelled(1)
+    except DataError as error:
+        return str(error)
     return None
 
 

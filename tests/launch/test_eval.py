@@ -175,6 +175,25 @@ def test_specialisation_of_fewer_tokens_and_without_matplotlib(two_domains, monk
 
 
 @pytest.mark.parametrize(
+    ("settings", "val_tokens", "says"),
+    [
+        (
+            {"model__first_k_dense": 3, "balance__method": "none"},
+            40,
+            "model.first_k_dense = 3 leaves no layer with a router",
+        ),
+        ({}, 15, "source law has 15 held-out tokens, less than one window of data.seq_len = 16"),
+        ({}, 16, None),
+    ],
+)
+def test_a_run_without_routers_or_held_out_windows_has_no_domains(tmp_path, settings, val_tokens, says):
+    make_token_folder(tmp_path / "data", {"wiki": 200, "law": 200}, val_tokens=val_tokens)
+    c = config(tmp_path / "data", **settings)
+    problem = command.no_domains(c, TokenData.open(c.data.path, c.data.seq_len, {}, 0, c.model.vocab_size))
+    assert (problem or "").startswith(says or "") and (problem is None) == (says is None)
+
+
+@pytest.mark.parametrize(
     ("words", "code", "says"),
     [
         (["--tasks", "piqa,boolq"], 2, "--tasks boolq is not known: choose some of val, lambada"),
