@@ -13,7 +13,7 @@ COMMANDS = {
     "train": ("launch.train", "train a model on the processes of this machine"),
     "prepare": ("launch.prepare", "turn a corpus into a tokenizer and token files"),
     "compare": ("launch.compare", "train several balancing methods on paired seeds, and compare them"),
-    "eval": ("launch.eval", "held-out loss and zero-shot questions of a run"),
+    "eval": ("launch.eval", "held-out loss, zero-shot questions and routing by domain of a run"),
     "export": ("launch.export", "write a run's model as a Hugging Face folder"),
     "import": ("launch.import_model", "continue from, or upcycle, a Hugging Face checkpoint"),
     "plan": ("launch.plan", "memory, traffic and days of a run on a cluster, on paper"),

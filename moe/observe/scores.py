@@ -5,7 +5,7 @@ Letters: L MoE layers, T tokens, E experts, N steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,8 +19,11 @@ from moe.parallel import Ranks
 
 
 @contextmanager
-def tapped(routers: Mapping[int, Router]) -> Iterator[dict[int, list[Tensor]]]:
-    """While open, the scores [T, E] of every forward pass, real tokens only, are appended under the router's layer."""
+def tapped(
+    routers: Mapping[int, Router], what: Callable[[Routing], Tensor] = lambda routing: routing.scores_TE
+) -> Iterator[dict[int, list[Tensor]]]:
+    """While open, the scores [T, E] of every forward pass, real tokens only, are appended under the router's layer; or
+    `what` else of a routing has a row a token."""
     found: dict[int, list[Tensor]] = {layer: [] for layer in routers}
 
     def tap(layer: int):
@@ -28,7 +31,7 @@ def tapped(routers: Mapping[int, Router]) -> Iterator[dict[int, list[Tensor]]]:
             if torch._C._current_graph_task_id() != -1:
                 return  # a recomputation in the backward pass: these tokens were seen
             mask_T = inputs[1]  # the layer passes it by position
-            found[layer].append(routing.scores_TE if mask_T is None else routing.scores_TE[mask_T])
+            found[layer].append(what(routing) if mask_T is None else what(routing)[mask_T])
 
         return note
 

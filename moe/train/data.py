@@ -31,6 +31,15 @@ class Batch(NamedTuple):
     targets_BS: Tensor
 
 
+class Labelled(NamedTuple):
+    """N windows of held-out text on the host, int64: tokens; of each token its source, by its place in TokenData.names, and its
+    document, counted through all sources. No window has padding."""
+
+    tokens_NS: Tensor
+    source_NS: np.ndarray
+    document_NS: np.ndarray
+
+
 class TokenData:
     """The windows of a prepared folder: window w of a source covers tokens w * S ... w * S + S, so that no target is
     shared. Sources count in the order of the folder, whatever the order of the mix.
@@ -140,6 +149,29 @@ class TokenData:
         for index in range(rounds):
             first = (index * world_size + rank) * batch_size
             yield self._padded([*spans[first : first + batch_size]], batch_size)
+
+    def labelled(self, max_tokens: int | None) -> Labelled:
+        """As many held-out windows of every source, spread over its text: all that the smallest has, or max_tokens of all
+        together, at least one each. Raises DataError when a source has none."""
+        sizes = {name: len(tokens) for name, tokens in zip(self.names, self._val, strict=True)}
+        fewest, name = min((size, name) for name, size in sizes.items())
+        if fewest < self.seq_len:
+            raise DataError(
+                f"source {name} has {fewest} held-out tokens, less than one window of data.seq_len = {self.seq_len}: prepare "
+                "more text, or hold a larger --val-share of it out"
+            )
+        keep = fewest // self.seq_len
+        if max_tokens is not None:
+            keep = min(keep, max(1, max_tokens // (self.seq_len * len(sizes))))
+        found, documents = [], 0
+        for source, tokens in enumerate(self._val):
+            document = documents + np.cumsum(np.append(0, tokens[:-1] == self.eos_id))  # it ends with its last token
+            documents = int(document[-1]) + 1
+            first_N = np.arange(keep) * (len(tokens) // self.seq_len) // keep * self.seq_len
+            place_NS = first_N[:, None] + np.arange(self.seq_len)
+            found.append((tokens[place_NS].astype(np.int64), np.full(place_NS.shape, source), document[place_NS]))
+        tokens_NS, source_NS, document_NS = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return Labelled(torch.from_numpy(tokens_NS), source_NS, document_NS)
 
     def _padded(self, spans: list[tuple[np.ndarray, int]], batch_size: int) -> Batch:
         tokens = torch.full((batch_size, self.seq_len), self.eos_id, dtype=torch.int64)

@@ -1,4 +1,7 @@
-"""Held-out loss and load with the bias frozen. Letters: L MoE layers, E experts."""
+"""Held-out loss, load and routing with the bias frozen.
+
+Letters: B batch, S sequence, T = B*S tokens, L MoE layers, E experts, K experts of a token.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moe.balance.stats import RouterStats, add
 from moe.model.loss import IGNORED
 from moe.model.transformer import Transformer
+from moe.observe.scores import tapped
 from moe.parallel import Ranks
 from moe.train.data import Batch
 
@@ -42,3 +47,15 @@ def evaluate(model: Transformer, batches: Iterable[Batch], ranks: Ranks) -> Eval
     ce, tokens = ranks.sum(total).tolist()
     stats, _ = ranks.start_balance_sum(stats).wait()
     return Evaluation(ce / tokens if tokens else math.nan, int(tokens), stats.tokens_per_expert)
+
+
+@torch.no_grad()
+def routed_experts(model: Transformer, batches_BS: Iterable[Tensor], device: torch.device) -> np.ndarray:
+    """The experts [L, T, K] int16 of every token in every layer, in the order of the tokens. batches_BS: int64, no padding."""
+    was_training = model.training
+    model.eval()
+    with tapped(model.routers, lambda routing: routing.topk_ids_TK.short()) as found:
+        for tokens_BS in batches_BS:
+            model.hidden(tokens_BS.to(device), None)
+    model.train(was_training)
+    return torch.stack([torch.cat(ids) for ids in found.values()]).cpu().numpy()

@@ -5,19 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 
 from launch import cli
 from launch import eval as command
+from launch.ckpt import trainer_of
 from moe.observe.sinks import read_metrics
 from moe.train.data import TokenData
+from moe.train.loop import train
 from moe.train.questions import TASKS, read_questions
+from tests.corpus import make_token_folder
+from tests.moe.observe.test_specialisation import naive
 from tests.moe.train.test_questions import archive, request
+from tests.moe.train.test_run import config
+from tests.tiny import ALONE, CPU
 
 ENDS = (" of the river", " load balance", " naïve expert two", " x = y + 1;")
 
@@ -39,6 +47,15 @@ def sets(tmp_path_factory):
     return folder, package
 
 
+@pytest.fixture(scope="module")
+def two_domains(tmp_path_factory):
+    """A run of 2 steps on two sources."""
+    base = tmp_path_factory.mktemp("domains")
+    data = make_token_folder(base / "data", {"wiki": 2000, "law": 1000}, val_tokens=400)
+    assert train(config(data, train__steps=2), ALONE, base / "run", False).code == 0
+    return base / "run"
+
+
 def evaluate(capsys, *words):
     capsys.readouterr()
     code = cli.main(["eval", *map(str, words)])
@@ -53,7 +70,8 @@ def test_scores_are_those_of_transformers_on_the_exported_model(trained, sets, t
     code, said, err = evaluate(capsys, trained, "--raw", raw)
     assert code == 0, err
     found = json.loads((trained / "eval-00000004.json").read_text())["tasks"]
-    assert list(found) == list(command.NAMES) and all(f"\n{task} " in said for task in command.NAMES)
+    assert list(found) == list(command.NAMES[:-1]) and all(f"\n{task} " in said for task in command.NAMES)
+    assert "specialisation left out: data.path" in said and "gave the run one source, notes" in said
     assert cli.main(["export", str(trained), str(tmp_path / "out")]) == 0
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokenizer = Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
@@ -116,11 +134,75 @@ def test_a_second_evaluation_keeps_what_the_first_one_found_under_the_same_condi
     assert set(again["tasks"]) == {"val"} and again["dtype"] == "bfloat16"
 
 
+def test_specialisation_is_that_of_the_routed_experts(two_domains, capsys):
+    before = {path: path.read_bytes() for path in (two_domains / "checkpoints").rglob("*") if path.is_file()}
+    code, said, err = evaluate(capsys, two_domains, "--tasks", "specialisation")
+    assert code == 0, err
+    assert "50 documents, 2 domains" in said
+    assert {path: path.read_bytes() for path in (two_domains / "checkpoints").rglob("*") if path.is_file()} == before
+    found = json.loads((two_domains / "eval-00000002.json").read_text())["tasks"]["specialisation"]
+    assert found["tokens"] == 2 * 400 and found["documents"] == {"wiki": 25, "law": 25}
+
+    options = command.parser().parse_args([str(two_domains)])
+    checkpoint = two_domains / "checkpoints/step-00000002"
+    settings = command.settings(checkpoint, options)
+    data = command.open_data(settings, trainer_of(checkpoint))
+    model = command.load_model(settings, checkpoint, data.eos_id, CPU).eval()
+    labelled, chosen = data.labelled(None), {layer: [] for layer in model.routers}
+    for layer, router in model.routers.items():
+        router.register_forward_hook(lambda _m, _i, routing, layer=layer: chosen[layer].append(routing.topk_ids_TK))
+    with torch.no_grad():
+        for row in labelled.tokens_NS:
+            model(row[None], row[None])
+    assert list(found["layers"]) == [f"layer_{layer:02d}" for layer in model.routers] == ["layer_01", "layer_02"]
+    tokens, domains = labelled.tokens_NS.flatten().tolist(), labelled.source_NS.ravel().tolist()
+    for ids, layer in zip(chosen.values(), found["layers"].values(), strict=True):
+        expected = naive(torch.cat(ids), domains, tokens)
+        assert layer["excess"] + layer["null_mean"] == pytest.approx(expected, abs=1e-9)
+        assert layer["low"] < layer["excess"] < layer["high"]
+    with Image.open(two_domains / "specialisation-00000002.png") as picture:
+        assert picture.size[0] > 1000 and len(picture.convert("RGB").getcolors(1 << 24)) > 20
+
+
+def test_specialisation_of_fewer_tokens_and_without_matplotlib(two_domains, monkeypatch, capsys):
+    (two_domains / "specialisation-00000002.png").unlink(missing_ok=True)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, said, err = evaluate(capsys, two_domains, "--tasks", "specialisation,val", "--val-tokens", "200")
+    assert code == 0 and "no plot: matplotlib is not installed" in err
+    assert not (two_domains / "specialisation-00000002.png").exists()
+    found = json.loads((two_domains / "eval-00000002.json").read_text())["tasks"]
+    assert set(found) == {"val", "specialisation"} and found["specialisation"]["tokens"] == 192  # 6 of 16 for each
+
+
+@pytest.mark.parametrize(
+    ("settings", "val_tokens", "says"),
+    [
+        (
+            {"model__first_k_dense": 3, "balance__method": "none"},
+            40,
+            "model.first_k_dense = 3 leaves no layer with a router",
+        ),
+        ({}, 15, "source law has 15 held-out tokens, less than one window of data.seq_len = 16"),
+        ({}, 16, None),
+    ],
+)
+def test_a_run_without_routers_or_held_out_windows_has_no_domains(tmp_path, settings, val_tokens, says):
+    make_token_folder(tmp_path / "data", {"wiki": 200, "law": 200}, val_tokens=val_tokens)
+    c = config(tmp_path / "data", **settings)
+    problem = command.no_domains(c, TokenData.open(c.data.path, c.data.seq_len, {}, 0, c.model.vocab_size))
+    assert (problem or "").startswith(says or "") and (problem is None) == (says is None)
+
+
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
         (["--tasks", "piqa,boolq"], 2, "--tasks boolq is not known: choose some of val, lambada"),
         (["--tasks", ","], 2, "--tasks names none"),
+        (
+            ["--tasks", "specialisation"],
+            2,
+            "one source, notes, and domains are told apart by their source: take a run on",
+        ),
         (["--limit", "0"], 2, "--limit 0 is no number of questions"),
         (["--tasks", "val", "--data", "nowhere"], 3, "nowhere"),
     ],

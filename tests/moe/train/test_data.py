@@ -231,6 +231,31 @@ def test_val_of_a_limit_is_spread_over_the_text(mixed):
     assert batch.tokens_BS.tolist() == [held[w * S : w * S + S] for w in (0, 5, 10, 15, 20)]  # of 25 windows
 
 
+def test_labelled_windows_are_as_many_of_every_source_and_know_their_document(tmp_path):
+    folder = make_token_folder(tmp_path / "two", {"a": 100, "b": 100}, val_tokens=50)
+    held = {name: np.fromfile(folder / f"{name}-val.bin", "<u2") for name in "ab"}
+    data = open_data(folder)
+    data._val = [held["a"], held["b"][:29]]  # 6 windows of S = 8, and 3
+    found = data.labelled(None)
+    assert found.tokens_NS.dtype == torch.int64 and found.tokens_NS.shape == (6, S)
+    at = [w * S for w in (0, 2, 4)]
+    assert found.tokens_NS[:3].tolist() == [held["a"][i : i + S].tolist() for i in at]
+    assert found.tokens_NS[3:].tolist() == [held["b"][i : i + S].tolist() for i in (0, 8, 16)]
+    assert found.source_NS.tolist() == [[0] * S] * 3 + [[1] * S] * 3
+    # A document ends with its end token, 0: at 0, 17, 34 in either text. The second text's are counted on.
+    ended = [[(held["a"][:i] == data.eos_id).sum() for i in range(first, first + S)] for first in at]
+    assert found.document_NS[:3].tolist() == ended and ended[0] == [0] + [1] * 7
+    before = 1 + (held["a"][:-1] == data.eos_id).sum()
+    assert (found.document_NS[3] == before + np.array([0] + [1] * 7)).all()
+    assert len(data.labelled(4 * S).tokens_NS) == 4 and len(data.labelled(1).tokens_NS) == 2
+
+
+def test_labelled_refuses_a_source_without_a_window(tmp_path):
+    data = open_data(make_token_folder(tmp_path / "two", {"a": 100, "b": 100}, val_tokens=7))
+    with pytest.raises(DataError, match=r"^source a has 7 held-out tokens, less than one window of data.seq_len = 8: "):
+        data.labelled(None)
+
+
 def test_bytes_per_token(mixed):
     assert open_data(mixed).bytes_per_token_val == 3.0
 
