@@ -32,7 +32,7 @@ def check_shared(config: Config, world_size: int) -> None:
     parts = p.cp * math.lcm(2, p.tp)
     require(
         p.cp == 1 or config.data.seq_len % parts == 0,
-        f"data.seq_len = {config.data.seq_len} is not divisible by {parts}: parallel.cp = {p.cp} gives a rank two of "
+        f"data.seq_len = {config.data.seq_len} is not divisible by {parts}: parallel.cp = {p.cp} gives a rank 2 of "
         f"{2 * p.cp} chunks of a sequence"
         + (f", which parallel.tp = {p.tp} divides again" if p.tp > 1 else "")
         + f": set it to a multiple of {parts}, or parallel.cp to 1",
@@ -174,7 +174,7 @@ def _check_context_parallel(config: Config) -> None:
     require(
         find_spec("transformer_engine") is not None,
         f"parallel.cp = {cp} shares sequences between ranks, attention over shared sequences is Transformer Engine's, and it is "
-        "not installed: pip install --no-build-isolation 'transformer-engine[pytorch]', or set parallel.cp to 1",
+        "not installed: pip install --no-build-isolation 'transformer_engine[pytorch]', or set parallel.cp to 1",
     )
     require(
         config.train.compute_dtype != "float32",
