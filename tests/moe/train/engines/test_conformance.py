@@ -125,7 +125,9 @@ def facts(rank: int, n: int, ep: int, settings: dict[str, Any], recorded: list[S
     batch = share(ranks.data_rank, ranks.data_size, 9)[0]
     found["ce"] = evaluate(engine.model, [batch], ranks).ce
     if ranks.pp == 1:
-        found["scores"] = probe_scores(engine.model, [(batch.tokens_BS, None)], ranks).numpy()
+        real_T = torch.arange(batch.tokens_BS.numel()) % 16 < 5  # of every sequence the first five are real
+        parts = [(batch.tokens_BS, None), (batch.tokens_BS, real_T)]
+        found["scores"] = probe_scores(engine.model, parts, ranks).numpy()
     found["evaluation kept"] = same(state_of(engine), found["state"])
     # A step whose gradient is not finite on one rank, and one that the loop refuses.
     factor = math.nan if rank == n - 1 else 1.0
