@@ -2,8 +2,8 @@
 
 dp = all data-parallel ranks; ep divides dp: the ranks that share one copy of the experts; edp = dp / ep: the copies.
 Rank r has ep coordinate r % ep, so that an ep group is made of neighbours. With Megatron-core tp neighbours share the dense
-matrices, and pp blocks of ranks are the stages of a pipeline: then dp is still all ranks, of which tp * pp see the same
-sequences, and ep and edp are those of a stage.
+matrices, cp groups of those the sequences, and pp blocks of ranks are the stages of a pipeline: then dp is still all ranks, of
+which tp * cp * pp see the same sequences, and ep and edp are those of a stage.
 """
 
 from __future__ import annotations
@@ -54,21 +54,22 @@ class Ranks:
     edp_mesh: DeviceMesh | None = None
     tp: int = 1
     pp: int = 1
+    cp: int = 1
 
     @property
     def data_size(self) -> int:
         """Shares of a batch."""
-        return self.world_size // (self.tp * self.pp)
+        return self.world_size // (self.tp * self.cp * self.pp)
 
     @property
     def data_rank(self) -> int:
         """Which of them this rank sees."""
-        return self.rank // self.tp % self.data_size
+        return self.rank // (self.tp * self.cp) % self.data_size
 
     @property
     def first_to_see(self) -> bool:
         """Of the ranks that see the same share, the one that counts its tokens."""
-        return self.rank % self.tp == 0 and self.rank < self.world_size // self.pp
+        return self.rank % (self.tp * self.cp) == 0 and self.rank < self.world_size // self.pp
 
     @property
     def is_main(self) -> bool:
@@ -152,7 +153,9 @@ def join_ranks(timeout_s: float = 600.0) -> tuple[int, int, torch.device]:
     return rank, world_size, device
 
 
-def build_ranks(rank: int, world_size: int, device: torch.device, ep: int, tp: int = 1, pp: int = 1) -> Ranks:
+def build_ranks(
+    rank: int, world_size: int, device: torch.device, ep: int, tp: int = 1, pp: int = 1, cp: int = 1
+) -> Ranks:
     """The groups of the (dp, ep) layout. Every rank must call it: groups are made by all ranks together."""
     if world_size == 1:
         return Ranks(rank, world_size, device)
@@ -170,6 +173,7 @@ def build_ranks(rank: int, world_size: int, device: torch.device, ep: int, tp: i
         edp_mesh=mesh["edp"] if edp > 1 else None,
         tp=tp,
         pp=pp,
+        cp=cp,
     )
 
 

@@ -155,11 +155,11 @@ class _StockMegatronEngine(MegatronEngine):
         return {name.replace("router.weight", "router.router.weight"): p for name, p in self.model.plain_parameters()}
 
 
-def stock_spec(config: Config, theirs: Any, use_te: bool, device: torch.device) -> Any:
+def stock_spec(config: Config, theirs: Any, use_te: bool, device: torch.device, core_attention: Any = None) -> Any:
     """As `megatron_setup.block_spec`, with Megatron's router."""
     theirs.moe_router_score_function, theirs.moe_router_enable_expert_bias = "sigmoid", True
     theirs.moe_router_bias_update_rate, theirs.moe_router_dtype = 1e-3, "fp32"
-    spec = megatron_setup.block_spec(config, theirs, use_te, device)
+    spec = megatron_setup.block_spec(config, theirs, use_te, device, core_attention)
     for layer in spec.layer_specs[config.model.first_k_dense :]:
         megatron_setup.submodules_of(layer).router = STOCK_ROUTER[0]
     return spec

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -47,7 +48,13 @@ def tiny_config(world_size: int = 1, **settings: Any) -> Config:
     claimed = tree["train"].get("engine") == "megatron"
     if claimed:
         tree["train"] = {"compute_dtype": "float32", "kernels": "torch"} | tree["train"]
-    return resolve(validate(tree), world_size, cuda=claimed)
+    if tree.get("parallel", {}).get("cp", 1) == 1:
+        return resolve(validate(tree), world_size, cuda=claimed)
+    # Sharing sequences, without Transformer Engine and the bfloat16 that it wants; `shared_attention.py` makes a CPU do.
+    dtype = tree["train"].pop("compute_dtype")
+    with patch("moe.config.engines.find_spec", return_value=True):
+        config = resolve(validate(tree), world_size, cuda=True)
+    return config.model_copy(update={"train": config.train.model_copy(update={"compute_dtype": dtype})})
 
 
 def tiny_mla(**settings: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 
 from moe.config.schema import ASSIGNMENTS, RATES, Config, ConfigError, DeepSpeedSection
@@ -16,22 +17,33 @@ def require(holds: bool, sentence: str) -> None:
 def check_shared(config: Config, world_size: int) -> None:
     """What several ranks may share beyond the experts."""
     p, m, b = config.parallel, config.model, config.balance
-    require(
-        p.cp == 1,
-        f"parallel.cp = {p.cp} shares a sequence in attention, which Megatron-core leaves to Transformer Engine and no engine "
-        "here has been run with: set it to 1, and parallel.tp to share the activations of long sequences",
-    )
-    for name in ("tp", "pp"):
+    for name in ("tp", "pp", "cp"):
         require(
             getattr(p, name) == 1 or config.train.engine == "megatron",
             f"parallel.{name} = {getattr(p, name)} is Megatron-core's, and train.engine = {config.train.engine!r}: set "
             f"parallel.{name} to 1, or train.engine to megatron",
         )
+    shared = p.tp * p.pp * p.cp
     require(
-        world_size % (p.tp * p.pp) == 0,
-        f"parallel.tp * parallel.pp = {p.tp} * {p.pp} does not divide the {world_size} ranks: start a multiple of "
-        f"{p.tp * p.pp} processes, or lower one of them",
+        world_size % shared == 0,
+        f"parallel.tp * parallel.pp * parallel.cp = {p.tp} * {p.pp} * {p.cp} does not divide the {world_size} ranks: start a "
+        f"multiple of {shared} processes, or lower one of them",
     )
+    parts = p.cp * math.lcm(2, p.tp)
+    require(
+        p.cp == 1 or config.data.seq_len % parts == 0,
+        f"data.seq_len = {config.data.seq_len} is not divisible by {parts}: parallel.cp = {p.cp} gives a rank 2 of "
+        f"{2 * p.cp} chunks of a sequence"
+        + (f", which parallel.tp = {p.tp} divides again" if p.tp > 1 else "")
+        + f": set it to a multiple of {parts}, or parallel.cp to 1",
+    )
+    for size, name in ((p.tp, "tp"), (p.cp, "cp")):
+        for loss in ("aux_loss", "group_loss"):
+            require(
+                size == 1 or not getattr(b, loss),
+                f"balance.{loss} = {getattr(b, loss)} is taken of whole sequences, and parallel.{name} = {size} gives a rank a "
+                f"part of each: set it to 0 (the bias and balance.phi_loss balance there), or parallel.{name} to 1",
+            )
     require(
         m.num_layers % p.pp == 0,
         f"parallel.pp = {p.pp} does not divide model.num_layers = {m.num_layers}: choose a divisor of {m.num_layers}",
@@ -66,12 +78,6 @@ def check_shared(config: Config, world_size: int) -> None:
         require(
             width % p.tp == 0,
             f"parallel.tp = {p.tp} does not divide {name} = {width}: choose a divisor of it, or set parallel.tp to 1",
-        )
-    for name in ("aux_loss", "group_loss"):
-        require(
-            not getattr(b, name),
-            f"balance.{name} = {getattr(b, name)} is taken of whole sequences, and parallel.tp = {p.tp} gives a rank a part of "
-            "each: set it to 0 (the bias and balance.phi_loss balance there), or parallel.tp to 1",
         )
 
 
@@ -154,6 +160,30 @@ def check_megatron(config: Config, cuda: bool) -> None:
         f"balance.method = {b.method!r} assigns the batch itself, and {engine} routes by a bias alone: choose a rule, one of "
         f"{', '.join(RATES)}, or set train.engine to native",
     )
+    if p.cp > 1:
+        _check_context_parallel(config)
     require(
         cuda, f"{engine} needs a GPU, which Megatron-core asks for its device, and this run has none: set it to native"
+    )
+
+
+def _check_context_parallel(config: Config) -> None:
+    """What its attention asks for. The kernels that know context parallelism are fused ones (Transformer Engine 2,
+    dot_product_attention/utils.py, get_attention_backend): bfloat16, heads of a multiple of 8."""
+    m, cp = config.model, config.parallel.cp
+    require(
+        find_spec("transformer_engine") is not None,
+        f"parallel.cp = {cp} shares sequences between ranks, attention over shared sequences is Transformer Engine's, and it is "
+        "not installed: pip install --no-build-isolation 'transformer_engine[pytorch]', or set parallel.cp to 1",
+    )
+    require(
+        config.train.compute_dtype != "float32",
+        f"train.compute_dtype = 'float32' is not what Transformer Engine's attention takes with parallel.cp = {cp}: set it to "
+        "bfloat16, or parallel.cp to 1",
+    )
+    head_dim = m.head_dim or m.dim // m.num_heads
+    require(
+        head_dim % 8 == 0,
+        f"model.head_dim = {head_dim} is no multiple of 8, which Transformer Engine's attention needs with parallel.cp = {cp}: "
+        f"set it to {-(-head_dim // 8) * 8}, or parallel.cp to 1",
     )

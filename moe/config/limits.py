@@ -193,7 +193,10 @@ def _check_ranks(config: Config, world_size: int) -> None:
         "set parallel.dispatch to exact while scores are recorded",
     )
     batch, micro, data = config.train.batch_size, config.train.micro_batch_size, config.data_ranks(world_size)
-    who = f"{data} ranks" if data == world_size else f"{data} groups of parallel.tp * parallel.pp = {p.tp * p.pp} ranks"
+    shared = p.tp * p.pp * p.cp
+    who = (
+        f"{data} ranks" if shared == 1 else f"{data} groups of parallel.tp * parallel.pp * parallel.cp = {shared} ranks"
+    )
     require(
         batch % data == 0,
         f"train.batch_size = {batch} is not divisible by the {who}: set it to a multiple of {data}",

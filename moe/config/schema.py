@@ -118,7 +118,8 @@ class ParallelSection(Section):
     pp: Positive = 1
     """Megatron-core: stages, each of num_layers / pp layers, through which micro-batches pass (1F1B)."""
     cp: Positive = 1
-    """Ranks that share a sequence in attention: only 1, because no engine here does it."""
+    """Megatron-core with Transformer Engine: ranks that share every sequence, each with two of 2 * cp chunks of it, and exchange
+    keys and values in attention."""
     data: Literal["replicate", "shard"] = "replicate"
     """What data-parallel ranks hold: all of the parameters and optimizer state (DDP), or a share (FSDP2; under Megatron-core, of
     the optimizer's state alone)."""
@@ -335,8 +336,8 @@ class Config(Section):
     observe: ObserveSection = ObserveSection()
 
     def data_ranks(self, world_size: int) -> int:
-        """Ranks, or groups of ranks (parallel.tp * parallel.pp), that see different sequences."""
-        return world_size // (self.parallel.tp * self.parallel.pp)
+        """Ranks, or groups of ranks (parallel.tp * parallel.pp * parallel.cp), that see different sequences."""
+        return world_size // (self.parallel.tp * self.parallel.pp * self.parallel.cp)
 
     @property
     def num_moe_layers(self) -> int:

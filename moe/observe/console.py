@@ -52,10 +52,10 @@ def startup_block(config: Config, about: dict[str, Any]) -> str:
 
 
 def layout(config: Config, world_size: int) -> str:
-    """How the ranks share the work: tp and pp where there are several."""
+    """How the ranks share the work: tp, pp and cp where there are several."""
     p = config.parallel
     words = [f"dp = {config.data_ranks(world_size)}", f"ep = {p.ep}"]
-    words += [f"{name} = {size}" for name, size in (("tp", p.tp), ("pp", p.pp)) if size > 1]
+    words += [f"{name} = {size}" for name, size in (("tp", p.tp), ("pp", p.pp), ("cp", p.cp)) if size > 1]
     return ", ".join(words) + ("" if config.train.engine == "native" else f"; {config.train.engine} engine")
 
 

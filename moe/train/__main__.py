@@ -86,7 +86,8 @@ def run(config: Config, run_dir: Path, resume: bool) -> Outcome:
     # A worker that torchrun started again continues; its first attempt may have died before the first checkpoint.
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     resume = resume or (restarted and has_checkpoint(run_dir / "checkpoints"))
-    ranks = build_ranks(rank, world_size, device, config.parallel.ep, config.parallel.tp, config.parallel.pp)
+    p = config.parallel
+    ranks = build_ranks(rank, world_size, device, p.ep, p.tp, p.pp, p.cp)
     return train(config, ranks, run_dir, resume, process_start())
 
 

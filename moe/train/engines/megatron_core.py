@@ -6,6 +6,8 @@ run may go on under the other one. All logits of a micro-batch exist at one time
 Transformer Engine where it is installed.
 
 parallel.tp shares the dense matrices, always with sequence parallelism: the routers of its ranks see different tokens.
+parallel.cp shares every sequence: its ranks read the same ones and take their chunks, losses and gradients are summed over
+them as over data-parallel ranks. Attention over shared sequences is Transformer Engine's.
 parallel.pp makes stages of the layers; every rank balances all of them, each router contributes where it is. What a rank does
 not see it contributes as 0, so that sums over all ranks are right in every layout.
 
@@ -41,6 +43,7 @@ from moe.train.engines.megatron_setup import (
     block_spec,
     ddp_config,
     gpt_settings,
+    own_chunks,
     start_megatron,
     tensor_group,
     transformer_config,
@@ -59,10 +62,11 @@ class MegatronEngine(NativeEngine):
 
     model: Any
 
-    def __init__(self, config: Config, ranks: Ranks, eos_id: int):
+    def __init__(self, config: Config, ranks: Ranks, eos_id: int, core_attention: Any = None):
+        """core_attention: a module class in place of Megatron's or Transformer Engine's, built and called as theirs."""
         self.config, self.ranks, self.sharded = config, ranks, config.parallel.data == "shard"
         start_megatron(config, ranks)
-        self.model = MegatronTransformer(config, ranks)
+        self.model = MegatronTransformer(config, ranks, core_attention)
         self.init_weights()
         self.optimizer, self.steps = build_optimizer(self.model, config.optim), 0
         self.trained = {name: p for name, p in self.model.plain_parameters() if p.requires_grad}
@@ -85,7 +89,7 @@ class MegatronEngine(NativeEngine):
         """Whether the gradient norm has this rank's part of a parameter, or that of another with the same."""
         if ".mlp.experts." in name:
             return self.sharded or parallel_state.get_expert_data_parallel_rank() == 0
-        first = self.sharded or parallel_state.get_data_parallel_rank() == 0
+        first = self.sharded or parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
         copied = name not in {name for row in rows(self.config.model, 0) if row.split for name in row.theirs}
         return first and not (copied and parallel_state.get_tensor_model_parallel_rank() > 0)
 
@@ -171,7 +175,7 @@ class MegatronEngine(NativeEngine):
 class MegatronTransformer(nn.Module):
     """A GPTModel, or this rank's stage of it, with the face of `moe.model.transformer.Transformer`."""
 
-    def __init__(self, config: Config, ranks: Ranks):
+    def __init__(self, config: Config, ranks: Ranks, core_attention: Any = None):
         super().__init__()
         self.config, self.ranks, m = config, ranks, config.model
         self.uses_te = uses_transformer_engine(ranks.device)
@@ -181,7 +185,7 @@ class MegatronTransformer(nn.Module):
         self.ends = parallel_state.is_pipeline_last_stage()
         gpt = GPTModel(
             config=theirs,
-            transformer_layer_spec=block_spec(config, theirs, self.uses_te, ranks.device),
+            transformer_layer_spec=block_spec(config, theirs, self.uses_te, ranks.device, core_attention),
             pre_process=self.begins,
             post_process=self.ends,
             **gpt_settings(config),
@@ -227,7 +231,7 @@ class MegatronTransformer(nn.Module):
             router.scale = 0.0 if scale is None else scale
 
         def forward_step(batches: Iterator[Batch], _model: nn.Module) -> tuple[Tensor, Any]:
-            batch = next(batches)
+            batch = Batch(*map(own_chunks, next(batches)))
             padding_BS = batch.targets_BS == IGNORED
             padded = bool(padding_BS.any())  # on host, but in evaluation
             tokens_BS, targets_BS, padding_BS = (
@@ -267,20 +271,23 @@ class MegatronTransformer(nn.Module):
 
     def hidden(self, tokens_BS: Tensor, mask_T: Tensor | None) -> None:
         """A forward pass for who watches the routers; nothing comes back. Not with several stages."""
-        self._run(tokens_BS, None if mask_T is None else ~mask_T.view_as(tokens_BS), None)
+        padding_BS = None if mask_T is None else own_chunks(~mask_T.view_as(tokens_BS))
+        self._run(own_chunks(tokens_BS), padding_BS, None)
         for router in self.megatron_routers:
             router.take()
 
     def _run(self, tokens_BS: Tensor, padding_BS: Tensor | None, labels_BS: Tensor | None) -> Tensor:
         seq, device = tokens_BS.shape[1], tokens_BS.device
-        positions_BS = torch.arange(seq, device=device).expand_as(tokens_BS)
-        hidden = torch.ones(1, 1, seq, seq, dtype=torch.bool, device=device).triu(1)
+        positions_1S = own_chunks(torch.arange(seq * self.config.parallel.cp, device=device)[None])
+        hidden = positions_1S[:, None, :, None] < positions_1S[:, None, None, :]
         if padding_BS is not None and not self.begins:  # the first stage alone does this by itself
             size, rank = self.config.parallel.tp, parallel_state.get_tensor_model_parallel_rank()
             padding_BS = padding_BS.chunk(size, dim=1)[rank]
         with autocast(self.config, device):
             mask = None if self.uses_te else hidden  # Transformer Engine has its own causal mask
-            return self.gpt(tokens_BS, positions_BS, mask, labels=labels_BS, padding_mask=padding_BS)
+            return self.gpt(
+                tokens_BS, positions_1S.expand_as(tokens_BS), mask, labels=labels_BS, padding_mask=padding_BS
+            )
 
 
 class Elsewhere(nn.Module):

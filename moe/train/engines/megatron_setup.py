@@ -43,10 +43,11 @@ def start_megatron(config: Config, ranks: Ranks) -> None:
         backend = "nccl" if ranks.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
-        # Its default order of ranks is ours: neighbours share the experts.
+        # Its default order of ranks is ours: tp, cp, dp, pp from the innermost; neighbours share the experts.
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.parallel.tp,
             pipeline_model_parallel_size=config.parallel.pp,
+            context_parallel_size=config.parallel.cp,
             expert_model_parallel_size=config.parallel.ep,
             expert_tensor_parallel_size=1,
         )
@@ -57,15 +58,27 @@ def start_megatron(config: Config, ranks: Ranks) -> None:
     layout = (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
         parallel_state.get_expert_model_parallel_world_size(),
     )
-    assert layout == (config.parallel.tp, config.parallel.pp, config.parallel.ep), "one layout a process"
+    p = config.parallel
+    assert layout == (p.tp, p.pp, p.cp, p.ep), "one layout a process"
 
 
 def tensor_group() -> dist.ProcessGroup | None:
     """The ranks of parallel.tp; None for one."""
     group: Any = parallel_state.get_tensor_model_parallel_group()
     return group if group.size() > 1 else None
+
+
+def own_chunks(whole_BS: Tensor) -> Tensor:
+    """What this rank of parallel.cp = n has of each sequence, in order: chunks r and 2 n - 1 - r of 2 n, [B, S / n]. Under a
+    causal mask all ranks have as much to do; Megatron divides rotary positions in the same way (get_pos_emb_on_this_cp_rank)."""
+    size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    if size == 1:
+        return whole_BS
+    chunks = whole_BS.chunk(2 * size, dim=1)
+    return torch.cat((chunks[rank], chunks[-1 - rank]), dim=1)
 
 
 def uses_transformer_engine(device: torch.device) -> bool:
@@ -99,6 +112,7 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
         tensor_model_parallel_size=p.tp,
         sequence_parallel=p.tp > 1,
         pipeline_model_parallel_size=p.pp,
+        context_parallel_size=p.cp,  # attention: keys and values go round (p2p)
         pipeline_dtype=torch.float32,  # the residual stream's
         batch_p2p_sync=device.type == "cuda",
         normalization="RMSNorm",
@@ -141,15 +155,19 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=config.train.compute_dtype == "bfloat16")
 
 
-def block_spec(config: Config, theirs: TransformerConfig, use_te: bool, device: torch.device) -> Any:
+def block_spec(
+    config: Config, theirs: TransformerConfig, use_te: bool, device: torch.device, core_attention: Any = None
+) -> Any:
     """Megatron's layers, with our router in the sparse ones, and our norm where Transformer Engine's is not: torch's, which
-    Megatron would take, refuses sequence parallelism."""
+    Megatron would take, refuses sequence parallelism. core_attention: a module class in place of theirs."""
     spec: Any = get_gpt_decoder_block_spec(theirs, use_transformer_engine=use_te, normalization="RMSNorm")
     for layer, built in enumerate(spec.layer_specs, start=get_transformer_layer_offset(theirs)):
         if layer >= config.model.first_k_dense:
             submodules_of(built).router = partial(MegatronRouter, config, device)
         if not use_te:
             built.submodules.input_layernorm = built.submodules.pre_mlp_layernorm = Norm
+        if core_attention is not None:
+            built.submodules.self_attention.submodules.core_attention = core_attention
     if not use_te:
         spec.layer_norm = Norm
     return spec

@@ -7,6 +7,7 @@ import re
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.pipeline_parallel import schedules
@@ -24,16 +25,21 @@ def patch():
     random._set_cuda_rng_state = lambda *_, **__: None
     torch.cuda.current_stream = lambda *_: None  # 0.19 asks before every reduction, and uses it where it overlaps
     schedules.torch = OnCpu()  # the schedules count tokens on "cuda"
+    rope_utils.torch = OnCpu()  # an index of chunks goes there
+    torch.Tensor.cuda = lambda self, *_, **__: self
 
 
 class OnCpu:
-    """torch, but for the device of zeros."""
+    """torch, but for the device of zeros and pinned memory."""
 
     def __getattr__(self, name):
         return getattr(torch, name)
 
     def zeros(self, *sizes, device=None, **settings):
         return torch.zeros(*sizes, **settings)
+
+    def tensor(self, data, *, pin_memory=False, **settings):
+        return torch.tensor(data, **settings)
 
 
 def begin(**parallel):

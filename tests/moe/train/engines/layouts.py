@@ -19,7 +19,8 @@ from moe.balance.stats import collect
 from moe.model.router import Router
 from moe.parallel import Ranks, build_ranks
 from moe.train.data import Batch
-from moe.train.engines import Engine, build_engine
+from moe.train.engines import Engine
+from tests.moe.train.engines.shared_attention import build_shared
 from tests.tiny import CPU, random_tokens, tiny_config
 
 BATCH = 8
@@ -59,8 +60,8 @@ def build(rank: int, n: int, ep: int, data: str, **settings: Any) -> tuple[Engin
     """An engine with the weights of seed 0; native, unless the settings say otherwise."""
     config = tiny_config(n, **{"parallel__ep": ep, "parallel__data": data} | settings)
     p = config.parallel
-    ranks = build_ranks(rank, n, CPU, p.ep, p.tp, p.pp)
-    return build_engine(config, ranks, 0), ranks
+    ranks = build_ranks(rank, n, CPU, p.ep, p.tp, p.pp, p.cp)
+    return build_shared(config, ranks, 0), ranks
 
 
 def replay(router: Router, ids_TK: Tensor) -> None:

@@ -25,6 +25,7 @@ from moe.train.contents import verify_all
 from moe.train.engines import Engine, build_engine
 from moe.train.evaluate import evaluate
 from tests.moe.train.engines.layouts import LR, Step, build, replay, share, whole
+from tests.moe.train.engines.shared_attention import part_of
 from tests.ranks import run_ranks
 from tests.tiny import CPU, tiny_config
 
@@ -39,6 +40,7 @@ MEGATRON: dict[str, dict[str, Any]] = {
     "megatron": {"train__engine": "megatron"},
     "megatron_shard": {"train__engine": "megatron", "parallel__data": "shard"},
     "megatron_tp": {"train__engine": "megatron", "parallel__tp": 2},
+    "megatron_cp": {"train__engine": "megatron", "parallel__cp": 2},
     "megatron_pp": {"train__engine": "megatron", "parallel__pp": 2, "parallel__ep": 1},
 }
 ENGINES = {"native": NATIVE} | ZERO | MEGATRON
@@ -78,6 +80,7 @@ def train(pair: Pair, step: int, recorded: list[Step] | None = None) -> Step:
     if recorded is not None:
         for router, ids_TK in zip(routers, recorded[step].ids, strict=True):
             own = torch.from_numpy(ids_TK).chunk(ranks.data_size)[ranks.data_rank].unflatten(0, (-1, 16))
+            own = part_of(own, ranks.rank // ranks.tp % ranks.cp, ranks.cp)
             own = own.chunk(ranks.tp, dim=1)[ranks.rank % ranks.tp]  # a part of every sequence
             parts = iter([part.flatten(0, 1) for part in own.split(MICRO)])
             hooks.append(router.register_forward_pre_hook(lambda r, _i, parts=parts: replay(r, next(parts))))
@@ -122,7 +125,9 @@ def facts(rank: int, n: int, ep: int, settings: dict[str, Any], recorded: list[S
     batch = share(ranks.data_rank, ranks.data_size, 9)[0]
     found["ce"] = evaluate(engine.model, [batch], ranks).ce
     if ranks.pp == 1:
-        found["scores"] = probe_scores(engine.model, [(batch.tokens_BS, None)], ranks).numpy()
+        real_T = torch.arange(batch.tokens_BS.numel()) % 16 < 5  # of every sequence the first five are real
+        parts = [(batch.tokens_BS, None), (batch.tokens_BS, real_T)]
+        found["scores"] = probe_scores(engine.model, parts, ranks).numpy()
     found["evaluation kept"] = same(state_of(engine), found["state"])
     # A step whose gradient is not finite on one rank, and one that the loop refuses.
     factor = math.nan if rank == n - 1 else 1.0

@@ -20,11 +20,12 @@ from moe.model.transformer import Transformer
 from moe.observe.sinks import read_metrics
 from moe.parallel import Ranks, build_ranks
 from moe.train.data import Batch
-from moe.train.engines import Engine, build_engine
+from moe.train.engines import Engine
 from moe.train.engines.megatron_weights import from_ours, plain, rows, to_ours
 from moe.train.loop import Run, train
 from tests.corpus import make_token_folder
 from tests.moe.train.engines.layouts import share, whole
+from tests.moe.train.engines.shared_attention import build_shared
 from tests.ranks import run_ranks
 from tests.tiny import ALONE, CPU, tiny_config
 
@@ -37,7 +38,9 @@ STEPS = 4
 def config(n: int, engine: str, ep: int = 2, **settings: Any) -> Config:
     """With losses on the router where the layout allows them."""
     losses = {"balance__z_loss": 1e-3} | (
-        {} if settings.get("parallel__tp", 1) > 1 else {"balance__aux_loss": 0.01, "balance__aux_scope": "sequence"}
+        {}
+        if settings.get("balance__aux_loss") == 0.0
+        else {"balance__aux_loss": 0.01, "balance__aux_scope": "sequence"}
     )
     base = {"train__engine": engine, "parallel__ep": ep, "train__kernels": "torch"}
     return tiny_config(n, **base | losses | settings)
@@ -56,7 +59,7 @@ class Pair:
     """An engine and its balancer."""
 
     def __init__(self, config: Config, ranks: Ranks):
-        self.engine: Engine = build_engine(config, ranks, 0)
+        self.engine: Engine = build_shared(config, ranks, 0)
         self.routers = self.engine.model.routers
         self.balancer = build_balancer(config.balance, list(self.routers), 8, config.model.top_k)
         self.ranks = ranks
@@ -168,35 +171,52 @@ def test_p06_bfloat16_is_in_the_products_and_not_in_the_router(two):
     assert theirs["off"] < 1e-6
 
 
-def two_steps(rank: int, n: int, ep: int, tp: int, pp: int, data: str) -> tuple[list[dict[str, Any]], int]:
+def two_steps(rank: int, n: int, ep: int, tp: int, pp: int, cp: int, data: str) -> tuple[list[dict[str, Any]], int]:
     """Of Megatron in a layout, with its own routing; and the numbers that AdamW keeps here."""
     warnings.simplefilter("ignore")
     from tests.moe.interop.megatron_model import patch
 
     patch()  # the engine starts Megatron itself
-    settings = {"model__num_layers": 4, "parallel__tp": tp, "parallel__pp": pp, "parallel__data": data}
-    c = config(n, "megatron", ep, **settings | {"balance__aux_loss": 0.0})
-    pair = Pair(c, build_ranks(rank, n, CPU, ep, tp, pp))
+    settings = {"parallel__tp": tp, "parallel__pp": pp, "parallel__cp": cp, "parallel__data": data}
+    c = config(n, "megatron", ep, model__num_layers=4, balance__aux_loss=0.0, **settings)
+    pair = Pair(c, build_ranks(rank, n, CPU, ep, tp, pp, cp))
     steps = [pair.step(0), pair.step(1)]
     kept = sum(state["exp_avg"].numel() for state in pair.engine.optimizer.state.values())
     return steps, kept
 
 
-LAYOUTS = [(1, 1, 1, 1, "replicate"), (2, 1, 2, 1, "replicate"), (2, 1, 1, 1, "shard")]
-LONG = [(2, 1, 1, 1, "replicate"), (4, 2, 1, 1, "replicate"), (4, 1, 2, 2, "replicate"), (4, 2, 2, 2, "replicate")]
-LONG += [(4, 2, 1, 2, "shard"), (4, 2, 2, 1, "shard"), (4, 4, 2, 1, "replicate")]
+LAYOUTS = [
+    (1, 1, 1, 1, 1, "replicate"),
+    (2, 1, 2, 1, 1, "replicate"),
+    (2, 1, 1, 1, 1, "shard"),
+    (2, 1, 1, 1, 2, "shard"),
+]
+LONG = [
+    (2, 1, 1, 1, 1, "replicate"),
+    (4, 2, 1, 1, 1, "replicate"),
+    (4, 1, 2, 2, 1, "replicate"),
+    (4, 2, 2, 2, 1, "replicate"),
+]
+LONG += [(4, 2, 1, 2, 1, "shard"), (4, 2, 2, 1, 1, "shard"), (4, 4, 2, 1, 1, "replicate")]
+LONG += [
+    (4, 2, 1, 1, 2, "replicate"),
+    (4, 4, 1, 1, 2, "shard"),
+    (4, 2, 2, 1, 2, "replicate"),
+    (4, 2, 1, 2, 2, "replicate"),
+]
+LONG += [(4, 1, 1, 1, 4, "replicate")]
 
 
 @needs_megatron
 @pytest.mark.parametrize(
-    ("n", "ep", "tp", "pp", "data"), LAYOUTS + [pytest.param(*layout, marks=pytest.mark.slow) for layout in LONG]
+    ("n", "ep", "tp", "pp", "cp", "data"), LAYOUTS + [pytest.param(*layout, marks=pytest.mark.slow) for layout in LONG]
 )
-def test_p22_other_layouts_train_as_the_native_engine(n, ep, tp, pp, data):
+def test_p22_other_layouts_train_as_the_native_engine(n, ep, tp, pp, cp, data):
     """Two-way tensor parallelism with whole experts among them: there the copies of experts and of dense matrices are on
-    different ranks."""
+    different ranks. With shared sequences the padding is on one rank more than on the other."""
     alone = Pair(config(1, "native", 1, model__num_layers=4, balance__aux_loss=0.0), ALONE)
     wanted = [alone.step(0), alone.step(1)]
-    found = run_ranks(two_steps, n, ep, tp, pp, data, timeout_s=600)
+    found = run_ranks(two_steps, n, ep, tp, pp, cp, data, timeout_s=600)
     for steps, _ in found:
         for step, want in zip(steps, wanted, strict=True):
             assert step["losses"] == pytest.approx(want["losses"], rel=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -63,9 +64,11 @@ def settings() -> list[str]:
 def changed(section: str, change: dict[str, Any]) -> Config:
     tree = tiny_tree()
     tree["model"]["num_layers"] = 6
-    tree["train"] |= {"engine": "megatron", "compute_dtype": "float32", "kernels": "torch"}
+    dtype = "bfloat16" if section == "parallel" else "float32"  # as parallel.cp wants it
+    tree["train"] |= {"engine": "megatron", "compute_dtype": dtype, "kernels": "torch"}
     tree.setdefault(section, {}).update(change)
-    return resolve(validate(tree), 4, cuda=True)
+    with patch("moe.config.engines.find_spec", return_value=True):  # also of Transformer Engine
+        return resolve(validate(tree), 4, cuda=True)
 
 
 def told(config: Config) -> dict[str, Any]:
@@ -99,3 +102,34 @@ def test_a_setting_reaches_megatron_or_is_refused_by_name(path):
         return
     without = {} if path == "model.num_groups" else {k: v for k, v in OTHER[path].items() if f"{section}.{k}" != path}
     assert told(config) != told(changed(section, without))
+
+
+def shared(installed: set[str], **settings: Any) -> Config:
+    """Two ranks that share sequences on a GPU, with these packages."""
+    tree = tiny_tree()
+    tree["train"] |= {"engine": "megatron", "compute_dtype": settings.pop("compute_dtype", None)}
+    tree["model"] |= settings
+    tree["parallel"] = {"cp": 2}
+    with patch("moe.config.engines.find_spec", side_effect=lambda name: name in installed or None):
+        return resolve(validate(tree), 2, cuda=True)
+
+
+def test_shared_sequences_want_transformer_engine_and_what_its_attention_wants():
+    both = {"megatron", "transformer_engine"}
+    resolved = shared(both)
+    assert resolved.train.compute_dtype == "bfloat16" and resolved.train.micro_batch_size == 8
+    for installed, settings, says in (
+        (
+            {"megatron"},
+            {},
+            r"parallel\.cp = 2 .* Transformer Engine's, .* pip install .* 'transformer_engine\[pytorch\]'",
+        ),
+        (
+            both,
+            {"compute_dtype": "float32"},
+            r"train\.compute_dtype = 'float32' .* parallel\.cp = 2: set it to bfloat16",
+        ),
+        (both, {"head_dim": 12}, r"model\.head_dim = 12 is no multiple of 8, .* parallel\.cp = 2: set it to 16"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            shared(installed, **settings)
