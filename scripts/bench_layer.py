@@ -137,21 +137,24 @@ def _load(layer: nn.Module, weights: dict[str, Tensor]) -> None:
     layer.load_state_dict({name: w.detach().clone() for name, w in weights.items()}, strict=False)
 
 
-def arms(s: Shape, kind: torch.dtype) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Forward functions by name, x_TD -> out_TD."""
+def arms(s: Shape, kind: torch.dtype) -> tuple[dict[str, Callable[[Tensor], Tensor]], list[nn.Module]]:
+    """Forward functions by name, x_TD -> out_TD, and the layers in them."""
     ours = our_layer(s)
     titan: Any = torchtitan_layer(ours, s)
     titan.router.gate.register_forward_pre_hook(lambda _, given: (given[0].float(),))  # autocast to float32 is CUDA's
+    layers: list[nn.Module] = [ours, titan]
     found: dict[str, Callable[[Tensor], Tensor]] = {"ours": lambda x: ours(x)[0], "loop": Loop(ours, s.K)}
     for experts in ("eager", "grouped_mm"):
         theirs = transformers_layer(ours, s, experts, kind)
+        layers.append(theirs)
         found[f"transformers {experts}"] = lambda x, theirs=theirs: theirs(x[None])[0]
 
     def titan_forward(x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
             return titan(x[None])[0]
 
-    return found | {"torchtitan" if kind == torch.bfloat16 else "torchtitan (experts in bfloat16)": titan_forward}
+    titan_name = "torchtitan" if kind == torch.bfloat16 else "torchtitan (experts in bfloat16)"
+    return found | {titan_name: titan_forward}, layers
 
 
 def products(s: Shape, kind: torch.dtype, tokens_E: Tensor) -> Callable[[], None]:
@@ -184,7 +187,7 @@ def bench(s: Shape, dtype: str, repeats: int) -> dict[str, list[float]]:
     kind = DTYPES[dtype]
     x_TD = torch.randn(s.T, s.D, generator=torch.Generator().manual_seed(1)).to(kind)
     upstream_TD = torch.randn(s.T, s.D, generator=torch.Generator().manual_seed(2)).to(kind)
-    competing = arms(s, kind)
+    competing, layers = arms(s, kind)
     with torch.no_grad():
         expected = competing["ours"](x_TD).float()
         for name, forward in competing.items():
@@ -197,6 +200,8 @@ def bench(s: Shape, dtype: str, repeats: int) -> dict[str, list[float]]:
     for repeat in range(repeats + 2):
         for name, forward in competing.items():
             x = x_TD.clone().requires_grad_()
+            for layer in layers:
+                layer.zero_grad()
             start = time.perf_counter()
             forward(x).backward(upstream_TD)
             if repeat >= 2:
