@@ -27,7 +27,7 @@ class _RMSNorm(torch.autograd.Function):
 
         grad weight = sum over rows of r g x        grad x = r g weight - x r^3 / D sum over D of g weight x
 
-    with one product g x for both sums, and x and r kept: 3 times as fast (2,048 x 256, float32, 2 threads)."""
+    with one product g x for both sums, and x and r kept."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -47,7 +47,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "parallel.ep": {"ep": 2}, "parallel.tp": {"tp": 2}, "parallel.pp": {"pp": 2}, "parallel.cp": {"cp": 2},
     "parallel.data": {"data": "shard"}, "parallel.dispatch": {"dispatch": "padded"},
     "train.compute_dtype": {"compute_dtype": "bfloat16"}, "train.kernels": {"kernels": "auto"},
-    "train.activation_checkpointing": {"activation_checkpointing": "full"},
+    "train.activation_checkpointing": {"activation_checkpointing": "full"}, "train.compile": {"compile": True},
 }  # fmt: skip
 
 
