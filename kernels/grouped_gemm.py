@@ -264,6 +264,12 @@ def _has_own(rows_RD: Tensor) -> bool:
     return rows_RD.device.type == "cpu" and rows_RD.dtype == torch.bfloat16
 
 
+def _is_opaque(rows_RD: Tensor) -> bool:
+    """Whether torch shall see an operator of ours: our own product, or one for torch.compile, whose fake kernel of F.grouped_mm
+    knows bfloat16 alone (torch 2.13)."""
+    return _has_own(rows_RD) or (torch.compiler.is_compiling() and rows_RD.dtype != torch.bfloat16)
+
+
 def grouped_mm(rows_RD: Tensor, weight_eND: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
     """The product, differentiable, without Triton."""
     if rows_RD.dtype == torch.float64:  # F.grouped_mm has none
@@ -271,7 +277,7 @@ def grouped_mm(rows_RD: Tensor, weight_eND: Tensor, tokens_per_expert_e: Tensor)
     if rows_RD.shape[0] == 0:
         # No row on this rank: a product that is empty but keeps every gradient zero instead of None.
         return rows_RD @ weight_eND[0].T + 0.0 * weight_eND.sum()
-    if _has_own(rows_RD) or (torch.compiler.is_compiling() and rows_RD.dtype != torch.bfloat16):
+    if _is_opaque(rows_RD):
         return _opaque(rows_RD, weight_eND, tokens_per_expert_e)
     offsets = tokens_per_expert_e.cumsum(0, dtype=torch.int32)
     return F.grouped_mm(rows_RD, weight_eND.transpose(-2, -1), offs=offsets)
@@ -283,12 +289,9 @@ def grouped_mm_weight_gradient(grad_RN: Tensor, rows_RD: Tensor, tokens_per_expe
         counts = tokens_per_expert_e.tolist()
         groups = zip(grad_RN[: sum(counts)].split(counts), rows_RD[: sum(counts)].split(counts), strict=True)
         return torch.stack([grad.T @ rows for grad, rows in groups])
-    if _has_own(rows_RD) or (torch.compiler.is_compiling() and rows_RD.dtype != torch.bfloat16):
+    if _is_opaque(rows_RD):
         return _opaque_weight_gradient(grad_RN, rows_RD, tokens_per_expert_e)
     return F.grouped_mm(grad_RN.T, rows_RD, offs=tokens_per_expert_e.cumsum(0, dtype=torch.int32))
-
-
-# For bfloat16 on a CPU, and for torch.compile: the fake kernel of F.grouped_mm knows bfloat16 alone (torch 2.13).
 
 
 @torch.library.custom_op("alf_moe::grouped_mm", mutates_args=())

@@ -2,8 +2,8 @@
 
     h_RF = silu(gate_RF) * up_RF        grad gate_RF = grad h_RF * up * silu'(gate)        grad up_RF = grad h_RF * silu(gate)
 
-Any float dtype, any leading dims. Saved for backward: gu_R2F alone; autograd would keep silu(gate) too. torch.compile fuses the
-equation itself, and the Triton path has it inside its products (kernels/moe_mlp.py).
+Any float dtype, any leading dims. Saved for backward: gu_R2F alone; autograd would keep silu(gate) too. The Triton path has it
+inside its products (kernels/moe_mlp.py).
 Letters: R rows, F hidden dim.
 """
 
