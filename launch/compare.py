@@ -341,8 +341,8 @@ def status_command(argv: list[str]) -> int:
 
 
 def report_command(argv: list[str]) -> int:
-    """alf-moe compare report: table.md, results.json, pareto.png in the folder; the table on the terminal. Exit code 2 when
-    the runs may not be compared."""
+    """alf-moe compare report: table.md, results.json, pareto.png and, of swept rates, rates.png in the folder; the table on the
+    terminal. Exit code 2 when the runs may not be compared."""
     from moe.observe import paired
 
     reference = {"help": "method that the others are compared with; default: the first"}
@@ -375,12 +375,18 @@ def report_command(argv: list[str]) -> int:
         "rows": [_plain(row) for row in table],
         "runs": [{k: v for k, v in result._asdict().items() if k != "run"} for result in results],
     }
-    (out / "results.json").write_text(json.dumps(record, indent=1))
+    (out / "results.json").write_text(_lists_in_a_line(json.dumps(record, indent=1)))
     red, plain = ("\033[1;31m", "\033[0m") if sys.stdout.isatty() and "NO_COLOR" not in os.environ else ("", "")
     print(re.sub(r"\*\*(NOT COMPARABLE.*?)\*\*", rf"{red}\1{plain}", text))
     if not refused:
         paired.plot(table, reference_name, out / "pareto.png")
+        paired.plot_rates(results, out / "rates.png")
     return 2 if refused else 0
+
+
+def _lists_in_a_line(text: str) -> str:
+    number = r"(?:null|NaN|[-+.\deE]+)"
+    return re.sub(rf"\[\s+{number}(?:,\s+{number})*\s+\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
 
 
 def _plain(row: Any) -> dict[str, Any]:

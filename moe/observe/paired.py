@@ -25,7 +25,8 @@ EARLY, LATE = 0.05, 0.2  # shares of the steps
 class Result(NamedTuple):
     """One finished run. windows: of the logged batches, "early" and "late" of EARLY and LATE; means over the rows.
 
-    maxvio_summed: MaxVio of the late counts, worst layer. tokens_per_s: median.
+    maxvio_summed: MaxVio of the late counts, worst layer. tokens_per_s: median. curves: every logged batch, by name of _CURVES;
+    None where it was not logged.
     """
 
     arm: str
@@ -36,6 +37,7 @@ class Result(NamedTuple):
     maxvio_summed: float
     idle_late: int
     tokens_per_s: float
+    curves: dict[str, list[float | None]]
 
 
 def read_result(folder: Path, arm: str, seed: int) -> Result:
@@ -59,7 +61,8 @@ def read_result(folder: Path, arm: str, seed: int) -> Result:
     }
     summed = max(late_maxvio(history, LATE), default=math.nan)
     speed = statistics.median(run.series("speed/tokens_per_s")[1] or [math.nan])
-    return Result(arm, seed, run, ce, windows, summed, late_idle(history, LATE), speed)
+    curves = {name: [row.get(key) for row in training] for name, key in _CURVES.items()}
+    return Result(arm, seed, run, ce, windows, summed, late_idle(history, LATE), speed, curves)
 
 
 def _ended(run: RunData) -> str:
@@ -73,6 +76,7 @@ _WINDOW = {
     "idle": "moe/idle_batch/max",
     "bias_range": "moe/bias_range/max",
 }
+_CURVES = {"step": "train/step", "loss": "loss/ce", "excess": _WINDOW["excess"], "excess_worst": _WINDOW["excess_worst"]}
 
 
 def _window(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -218,3 +222,38 @@ def plot(table: Sequence[Row], reference: str, path: Path) -> None:
     )
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def plot_rates(results: Sequence[Result], path: Path) -> bool:
+    """Excess MaxVio of a batch (mean layer, mean over seeds, nine logged batches around each) against rate times steps, one line
+    for each rate; a panel for every rule that ran with two or more. Where the lines lie on one another, the distance that the bias
+    may have gone decides; where they part, the rate. False, and no picture, without such a rule."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found: dict[str, dict[float, list[Result]]] = {}
+    for result in results:
+        method, rate = (result.run.config.get(f"balance.{name}") for name in ("method", "rate"))
+        if method != "none" and isinstance(rate, (int, float)):
+            found.setdefault(str(method), {}).setdefault(float(rate), []).append(result)
+    found = {method: rates for method, rates in found.items() if len(rates) > 1}
+    if not found:
+        return False
+    figure, axes = plt.subplots(1, len(found), figsize=(5.5 * len(found), 4.5), layout="constrained", squeeze=False)
+    for axis, (method, rates) in zip(axes[0], found.items(), strict=True):
+        for rate, runs in sorted(rates.items()):
+            steps = np.array(runs[0].curves["step"], dtype=float)
+            excess = np.mean([np.interp(steps, *_floats(run.curves, "step", "excess")) for run in runs], axis=0)
+            weight = np.convolve(np.ones_like(excess), np.ones(9), "same")
+            axis.loglog(rate * steps, np.convolve(excess, np.ones(9), "same") / weight, label=f"{rate:g}", linewidth=1.2)
+        axis.set(title=method, xlabel="rate x steps", ylabel="excess MaxVio of a batch, mean layer")
+        axis.legend(title="balance.rate")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    return True
+
+
+def _floats(curves: Mapping[str, list[float | None]], *names: str) -> list[np.ndarray]:
+    return [np.array(curves[name], dtype=float) for name in names]

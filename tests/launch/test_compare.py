@@ -106,7 +106,9 @@ def test_report_and_its_refusal(tmp_path, capsys):
     assert compare.main(["report", str(out)]) == 0
     assert "+0.0100" in (text := capsys.readouterr().out) and "Missing: sign, seed 1: to do" in text
     results = json.loads((out / "results.json").read_text())
-    assert len(results["runs"]) == 3 and (out / "pareto.png").is_file()
+    assert len(results["runs"]) == 3 and (out / "pareto.png").is_file() and not (out / "rates.png").exists()
+    assert results["runs"][0]["curves"]["excess"][4:6] == [1.0, 50.0]
+    assert len((out / "results.json").read_text().splitlines()) < 200  # a list is one line
     write_run(plan_of(tmp_path).units(out)[3].folder, init_hash="other")
     assert compare.main(["report", str(out)]) == 2
     assert "NOT COMPARABLE: the initial weights differ" in capsys.readouterr().out

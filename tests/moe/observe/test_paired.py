@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from moe.config import ConfigError
-from moe.observe.paired import differences_that_forbid, markdown, paired, plot, read_result, rows
+from moe.observe.paired import differences_that_forbid, markdown, paired, plot, plot_rates, read_result, rows
 
 STEPS = 100
 
 
-def write_run(folder, ce=5.0, early=1.0, late=0.1, code=0, **facts):
+def write_run(folder, ce=5.0, early=1.0, late=0.1, code=0, rate="", **facts):
     """A finished run of 100 steps with two layers of four experts."""
     folder.mkdir(parents=True)
     about = {"data_hash": "d", "init_hash": "i", "flops_per_token": 7.0} | facts
@@ -32,7 +32,10 @@ def write_run(folder, ce=5.0, early=1.0, late=0.1, code=0, **facts):
     counts[:8, 0] = [16, 0, 0, 0]
     np.savez(folder / "loads.npz", steps=np.arange(10, 101, 10), counts=counts, layers=np.array([1, 2]))
     seed = facts.get("seed", 0)
-    (folder / "config.toml").write_text(f"[run]\nseed = {seed}\n[data]\nseq_len = 8\n[train]\nbatch_size = 2\n")
+    text = f"[run]\nseed = {seed}\n[data]\nseq_len = 8\n[train]\nbatch_size = 2\n"
+    if rate:
+        text += f'[balance]\nmethod = "sign"\nrate = {rate}\n'
+    (folder / "config.toml").write_text(text)
     return folder
 
 
@@ -43,6 +46,33 @@ def test_windows_are_the_first_twentieth_and_the_last_fifth(tmp_path):
     assert result.windows["late"]["excess_worst"] == pytest.approx(0.2)
     assert (result.ce, result.maxvio_summed, result.idle_late, result.tokens_per_s) == (5.0, 0.5, 0, 3.0)
     assert math.isnan(result.windows["late"]["bias_range"])  # not logged
+
+
+def test_curves_have_every_logged_batch(tmp_path):
+    curves = read_result(write_run(tmp_path / "a"), "sign", 0).curves
+    assert curves["step"] == list(range(1, 101)) and curves["loss"] == [5.0] * 100
+    assert curves["excess"] == [1.0] * 5 + [50.0] * 75 + [0.1] * 20
+    assert curves["excess_worst"] == [2.0] * 5 + [100.0] * 75 + [0.2] * 20
+
+
+def test_swept_rates_are_drawn_against_rate_times_steps(tmp_path, monkeypatch):
+    from matplotlib import axes
+
+    drawn = {}
+
+    def record(axis, x, y, label, **_):
+        drawn[label] = (x, y)
+
+    monkeypatch.setattr(axes.Axes, "loglog", record)
+    runs = {"a": ("0.1", 0.1), "b": ("0.01", 0.1), "c": ("0.01", 0.3), "d": ('"auto"', 0.1), "e": ("", 0.1)}
+    results = [read_result(write_run(tmp_path / n, rate=r, late=v), n, 0) for n, (r, v) in runs.items()]
+    assert not plot_rates([results[0], *results[3:]], tmp_path / "p.png") and not (tmp_path / "p.png").exists()
+    assert plot_rates(results, tmp_path / "p.png") and (tmp_path / "p.png").is_file()
+    assert drawn.keys() == {"0.1", "0.01"}  # two runs of 0.01 are one line
+    x, y = drawn["0.01"]
+    assert (x[0], x[-1]) == (pytest.approx(0.01), pytest.approx(1.0)) and len(x) == 100
+    assert y[-1] == pytest.approx(0.2)  # the mean of 0.1 and 0.3, every value of its window
+    assert y[0] == pytest.approx(1.0) and y[4] == pytest.approx((5 * 1.0 + 4 * 50.0) / 9)
 
 
 def test_interval_and_equivalence_by_hand():
