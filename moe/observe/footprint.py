@@ -154,9 +154,10 @@ def memory(config: Config, world_size: int, worst: bool = False) -> Memory:
     if sharded:
         copies = 2 * a * block  # gathered: a block and the next
     activations = tokens * (token + norm_kept(m.dim, a) + a * m.dim + 8)
-    # The gradient of the head is taken with the loss: it, a second one or the head itself, and the logits of a chunk.
+    # The gradient of the head is taken with the loss: it, in bfloat16 the head and a chunk's gradient in that, and the logits of
+    # a chunk.
     head, chunk = m.vocab_size * m.dim, min(t.loss_chunk, tokens)
-    loss = 8 * head + chunk * m.vocab_size * (6 if a == 2 else 4)
+    loss = (8 if a == 2 else 4) * head + chunk * m.vocab_size * (6 if a == 2 else 4)
     exchange = a * m.dim * tokens * (m.top_k + rows) if config.parallel.ep > 1 else 0
     # Gradients of the rows and of what lies between the two products; those of the weights in the compute dtype.
     rows_back = a * tokens * rows * (2 * m.dim + 4 * m.expert_hidden_dim) + (a == 2) * a * block + exchange

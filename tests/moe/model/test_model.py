@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moe.model import loss as loss_module
 from moe.model.attention import positions, rotate
 from moe.model.loss import IGNORED, chunked_cross_entropy
 from moe.model.transformer import Transformer
@@ -55,6 +56,39 @@ def test_chunked_cross_entropy_keeps_no_logits():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         chunked_cross_entropy(h, w, torch.zeros(64, dtype=torch.int64), 16)
     assert max(saved) < 64 * 512
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_a_chunk_change_no_bit(dtype, monkeypatch):
+    def run(block):
+        monkeypatch.setattr(loss_module, "BLOCK", block)
+        g = torch.Generator().manual_seed(0)
+        h = torch.randn(50, 8, generator=g).to(dtype).requires_grad_()
+        w = torch.randn(31, 8, generator=g).requires_grad_()
+        t = torch.randint(0, 31, (50,), generator=g).masked_fill(torch.arange(50) % 9 == 0, IGNORED)
+        loss = chunked_cross_entropy(h, w, t, 20)
+        loss.backward()
+        return loss, h.grad, w.grad
+
+    rows = 31 // torch.get_num_threads() + 1
+    (loss, *grads), (other, *others) = run(2**30), run(3 * rows)  # whole chunks; a few rows, and fewer at the end
+    assert torch.allclose(loss, other, rtol=1e-6)  # a sum in another order
+    assert all(torch.equal(a, b) for a, b in zip(grads, others, strict=True))
+
+
+def test_a_second_backward_pass_through_the_loss_is_an_error():
+    h, w = torch.randn(6, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    loss = chunked_cross_entropy(h, w, torch.zeros(6, dtype=torch.int64), 4)
+    torch.autograd.grad(2 * loss, (h, w), retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        torch.autograd.grad(loss, (h, w))
+
+
+def test_the_loss_of_no_token_is_zero():
+    h, w = torch.randn(0, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    loss = chunked_cross_entropy(h, w, torch.zeros(0, dtype=torch.int64), 4)
+    loss.backward()
+    assert loss == 0 and h.grad.shape == (0, 4) and torch.equal(w.grad, torch.zeros(5, 4))
 
 
 @both
