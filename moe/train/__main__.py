@@ -22,6 +22,7 @@ from moe.config import Config, ConfigError, load, resolve
 from moe.parallel import build_ranks, join_ranks
 from moe.train.checkpoint import CheckpointError, has_checkpoint
 from moe.train.data import DataError
+from moe.train.device import keep_freed_memory
 from moe.train.loop import Outcome, train
 
 MEET_S = 10.0  # for the other ranks to refuse as well: they find the same reason at the same place, or never
@@ -82,6 +83,8 @@ def run(config: Config, run_dir: Path, resume: bool) -> Outcome:
         die_with_parent()
     # A collective must not give up before the watchdog has said who is missing.
     rank, world_size, device = join_ranks(2 * config.train.timeout_s + 60)
+    if device.type == "cpu":
+        keep_freed_memory()
     config = resolve(config, world_size, cuda=device.type == "cuda")
     # A worker that torchrun started again continues; its first attempt may have died before the first checkpoint.
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0

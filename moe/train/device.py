@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import signal
@@ -13,6 +14,8 @@ from pathlib import Path
 import torch
 
 from moe.parallel import Ranks
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def set_deterministic() -> list[str]:
@@ -27,6 +30,17 @@ def set_deterministic() -> list[str]:
         "torch.backends.cudnn.benchmark=False",
         "torch.backends.cuda.matmul.allow_tf32=False",
     ]
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc's malloc keep what is freed, for the next step to use. By default it gives the end of its heap back to the
+    system, which clears every page that it hands out again: 50 to 90 MiB a step at 10 M parameters, 5 to 15 % of its time.
+    False, and nothing is done: with another C library, or where MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ is set."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
+        return False
+    # Larger tensors than 32 MiB, the highest limit there is, have pages of their own all the same.
+    return bool(mallopt(_M_MMAP_THRESHOLD, 32 << 20) and mallopt(_M_TRIM_THRESHOLD, -1))  # -1: never
 
 
 def measured_peak_tflops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:

@@ -26,16 +26,18 @@ TINY = str(ROOT / "configs" / "tiny.toml")
 @pytest.fixture
 def start(monkeypatch, tmp_path):
     """start(outcome, *words) -> (exit.json, the arguments of `train`); an exception is raised by it."""
-    calls = []
+    calls, kept = [], []
 
     def begin(outcome, *words):
         def train(config, ranks, run_dir, resume, began):
+            assert kept.pop()  # before anything is allocated
             calls.append((config, run_dir, resume))
             if isinstance(outcome, Exception):
                 raise outcome
             return outcome
 
         monkeypatch.setattr(worker, "train", train)
+        monkeypatch.setattr(worker, "keep_freed_memory", lambda: kept.append(True))
         worker.main([f"--config={TINY}", "--parallel.ep", "1", "--run.folder", str(tmp_path), *words])
         left = json.loads((tmp_path / "tiny" / "exit.json").read_text())
         return left, calls[-1] if calls else None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -100,3 +103,34 @@ def test_deterministic_lists_the_flags_it_sets(tmp_path, capsys):
         assert "torch.use_deterministic_algorithms(True)" in capsys.readouterr().out
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+FAULTS = """
+import resource, sys, torch
+from moe.train.device import keep_freed_memory
+def faults():
+    begin = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(2**20) for _ in range(12)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begin
+faults(), faults()
+before, done = faults(), keep_freed_memory()
+faults()
+print(before, done, faults())
+"""
+
+
+def test_freed_memory_is_kept_for_the_next_step(monkeypatch):
+    if os.confstr("CS_GNU_LIBC_VERSION") is None:
+        pytest.skip("another C library than glibc")
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run():
+        done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    before, done, after = run()
+    assert int(before) > 5_000 and done == "True" and int(after) < 100  # 48 MiB are 12,288 pages
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "100000")  # whoever sets it decides
+    _, done, after = run()
+    assert done == "False" and int(after) > 5_000
