@@ -42,6 +42,7 @@ from moe.model.loss import chunked_cross_entropy
 from moe.parallel import Ranks
 from moe.train.about import provenance
 from moe.train.data import Batch
+from moe.train.device import keep_freed_memory
 from moe.train.engines.native import NativeEngine
 
 BATCH, SEQ, VOCAB, DIM, LAYERS, HEADS, EXPERTS, TOP_K, HIDDEN, DENSE = 8, 256, 8192, 256, 4, 4, 32, 4, 64, 320
@@ -199,7 +200,8 @@ class Bare:
         self.operations += [product(DIM, 2 * HIDDEN), product(HIDDEN, DIM)] * sparse
         self.operations += [product(DIM, 2 * DENSE), product(DENSE, DIM)]
         h, w = leaf(rows, DIM), torch.randn(VOCAB, DIM).mul_(0.02).requires_grad_()
-        self.operations.append(((lambda: chunked_cross_entropy(h, w, targets, 2048)), (h, w)))
+        chunk = our_config(dtype).train.loss_chunk
+        self.operations.append(((lambda: chunked_cross_entropy(h, w, targets, chunk)), (h, w)))
         self.upstream = [torch.ones_like(run()) for run, _ in self.operations]
 
     def step(self) -> None:
@@ -257,6 +259,7 @@ def _status(name: str) -> float:
 def _peak(task: tuple[str, str, int]) -> float:
     dtype, name, threads = task
     torch.set_num_threads(threads)
+    keep_freed_memory()
     if name.startswith("transformers"):
         import transformers  # noqa: F401  what the library itself takes is not the model's
     before = _status("VmRSS")
@@ -305,6 +308,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append the result to this JSON-lines file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as training does; all arms are in this process and have it
     import transformers
 
     parameters = sum(p.numel() for p in Ours("float32").model.parameters())
