@@ -76,7 +76,12 @@ _WINDOW = {
     "idle": "moe/idle_batch/max",
     "bias_range": "moe/bias_range/max",
 }
-_CURVES = {"step": "train/step", "loss": "loss/ce", "excess": _WINDOW["excess"], "excess_worst": _WINDOW["excess_worst"]}
+_CURVES = {
+    "step": "train/step",
+    "loss": "loss/ce",
+    "excess": _WINDOW["excess"],
+    "excess_worst": _WINDOW["excess_worst"],
+}
 
 
 def _window(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -247,7 +252,9 @@ def plot_rates(results: Sequence[Result], path: Path) -> bool:
             steps = np.array(runs[0].curves["step"], dtype=float)
             excess = np.mean([np.interp(steps, *_floats(run.curves, "step", "excess")) for run in runs], axis=0)
             weight = np.convolve(np.ones_like(excess), np.ones(9), "same")
-            axis.loglog(rate * steps, np.convolve(excess, np.ones(9), "same") / weight, label=f"{rate:g}", linewidth=1.2)
+            axis.loglog(
+                rate * steps, np.convolve(excess, np.ones(9), "same") / weight, label=f"{rate:g}", linewidth=1.2
+            )
         axis.set(title=method, xlabel="rate x steps", ylabel="excess MaxVio of a batch, mean layer")
         axis.legend(title="balance.rate")
     figure.savefig(path, dpi=100)
