@@ -379,7 +379,7 @@ def report_command(argv: list[str]) -> int:
     red, plain = ("\033[1;31m", "\033[0m") if sys.stdout.isatty() and "NO_COLOR" not in os.environ else ("", "")
     print(re.sub(r"\*\*(NOT COMPARABLE.*?)\*\*", rf"{red}\1{plain}", text))
     if not refused:
-        paired.plot(table, reference_name, out / "pareto.png")
+        paired.plot(table, reference_name, out / "pareto.png", {arm.name: Path(arm.file).stem for arm in plan.arms})
         paired.plot_rates(results, out / "rates.png")
     return 2 if refused else 0
 

@@ -202,9 +202,9 @@ def markdown(table: Sequence[Row], reference: str, margin: float, refused: Seque
     return "\n".join(lines)
 
 
-def plot(table: Sequence[Row], reference: str, path: Path) -> None:
-    """Pareto plot: late excess MaxVio (log) against Δ cross-entropy with its interval. Raises ModuleNotFoundError without
-    matplotlib (extra `plots`)."""
+def plot(table: Sequence[Row], reference: str, path: Path, methods: Mapping[str, str] | None = None) -> None:
+    """Pareto plot: late excess MaxVio (log) against Δ cross-entropy with its interval. methods: of each arm; settings of one
+    method have one colour and a line. Raises ModuleNotFoundError without matplotlib (extra `plots`)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -212,21 +212,34 @@ def plot(table: Sequence[Row], reference: str, path: Path) -> None:
 
     figure, ax = plt.subplots(figsize=(8, 5.5), layout="constrained")
     floor = 1e-3  # what lies at the sampling floor has no logarithm
-    for index, row in enumerate(table):
-        x, d = max(row.excess_late, floor), row.delta
-        y, error = (0.0, None) if d is None else (d.mean, [[d.mean - d.low], [d.high - d.mean]])
-        if error is not None and not math.isfinite(error[0][0]):
-            error = None
-        ax.errorbar(x, y, yerr=error, fmt="o", color=f"C{index % 10}", capsize=3, label=row.arm)
-        ax.annotate(row.arm, (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8)
+    of = methods or {row.arm: row.arm for row in table}
+    for index, method in enumerate(dict.fromkeys(of[row.arm] for row in table)):
+        rows = sorted((row for row in table if of[row.arm] == method), key=lambda row: row.excess_late)
+        x = [max(row.excess_late, floor) for row in rows]
+        y = [0.0 if row.delta is None else row.delta.mean for row in rows]
+        low_high = [(0.0, 0.0) if d is None else (d.mean - d.low, d.high - d.mean) for d in (row.delta for row in rows)]
+        error = np.nan_to_num(np.array(low_high).T)  # no interval with one seed
+        style = {"color": f"C{index % 10}", "marker": "osD^vPX*"[index % 8], "linewidth": 0.8, "capsize": 3}
+        ax.errorbar(x, y, yerr=error if error.any() else None, label=method, **style)
+        for row, *at in zip(rows, x, y, strict=True):
+            if len(rows) > 1:
+                setting = row.arm.removeprefix(f"{method}_").partition("=")[2] or row.arm
+                ax.annotate(setting, at, textcoords="offset points", xytext=(6, 5), fontsize=8, color=f"C{index % 10}")
     ax.axhline(0, color="grey", linewidth=0.8)
     ax.set(
         xscale="log",
         xlabel="late excess MaxVio of a batch (mean layer); further left is better balanced",
         ylabel=f"Δ cross-entropy to {reference}, nats (95 % interval)",
     )
+    _plain_numbers(ax.xaxis)
+    ax.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _plain_numbers(axis: Any) -> None:
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "236" else "")
 
 
 def plot_rates(results: Sequence[Result], path: Path) -> bool:
@@ -256,6 +269,7 @@ def plot_rates(results: Sequence[Result], path: Path) -> bool:
                 rate * steps, np.convolve(excess, np.ones(9), "same") / weight, label=f"{rate:g}", linewidth=1.2
             )
         axis.set(title=method, xlabel="rate x steps", ylabel="excess MaxVio of a batch, mean layer")
+        _plain_numbers(axis.yaxis)
         axis.legend(title="balance.rate")
     figure.savefig(path, dpi=100)
     plt.close(figure)

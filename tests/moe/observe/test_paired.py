@@ -107,6 +107,27 @@ def test_rows_pair_by_seed_and_take_the_worst(tmp_path):
     assert (tmp_path / "p.png").stat().st_size > 5_000
 
 
+def test_settings_of_a_method_are_one_line_of_the_pareto_plot(tmp_path, monkeypatch):
+    from matplotlib import axes
+
+    drawn = {}
+    kept = axes.Axes.errorbar
+
+    def record(axis, x, y, label, **style):
+        drawn[label] = (list(x), list(y))
+        return kept(axis, x, y, label=label, **style)
+
+    monkeypatch.setattr(axes.Axes, "errorbar", record)
+    late = {"none": 3.0, "sign_rate=1e-3": 0.4, "sign_rate=1e-2": 0.2}
+    results = [read_result(write_run(tmp_path / arm, late=x, ce=5 + x), arm, 0) for arm, x in late.items()]
+    methods = {arm: arm.partition("_")[0] for arm in late}
+    plot(rows(results, "none", 0.01), "none", tmp_path / "p.png", methods)
+    assert drawn == {
+        "none": ([pytest.approx(3.0)], [0.0]),
+        "sign": (pytest.approx([0.2, 0.4]), pytest.approx([-2.8, -2.6])),
+    }
+
+
 @pytest.mark.parametrize(
     ("facts", "word"),
     [
