@@ -59,9 +59,11 @@ def test_swept_rates_are_drawn_against_rate_times_steps(tmp_path, monkeypatch):
     from matplotlib import axes
 
     drawn = {}
+    kept = axes.Axes.loglog
 
-    def record(axis, x, y, label, **_):
+    def record(axis, x, y, label, **style):
         drawn[label] = (x, y)
+        return kept(axis, x, y, label=label, **style)
 
     monkeypatch.setattr(axes.Axes, "loglog", record)
     runs = {"a": ("0.1", 0.1), "b": ("0.01", 0.1), "c": ("0.01", 0.3), "d": ('"auto"', 0.1), "e": ("", 0.1)}
