@@ -221,10 +221,12 @@ def plot(table: Sequence[Row], reference: str, path: Path, methods: Mapping[str,
         error = np.nan_to_num(np.array(low_high).T)  # no interval with one seed
         style = {"color": f"C{index % 10}", "marker": "osD^vPX*"[index % 8], "linewidth": 0.8, "capsize": 3}
         ax.errorbar(x, y, yerr=error if error.any() else None, label=method, **style)
-        for row, *at in zip(rows, x, y, strict=True):
+        for row, right, up in zip(rows, x, y, strict=True):
             if len(rows) > 1:
                 setting = row.arm.removeprefix(f"{method}_").partition("=")[2] or row.arm
-                ax.annotate(setting, at, textcoords="offset points", xytext=(6, 5), fontsize=8, color=f"C{index % 10}")
+                ax.annotate(
+                    setting, (right, up), textcoords="offset points", xytext=(6, 5), fontsize=8, color=f"C{index % 10}"
+                )
     ax.axhline(0, color="grey", linewidth=0.8)
     ax.set(
         xscale="log",
@@ -262,8 +264,8 @@ def plot_rates(results: Sequence[Result], path: Path) -> bool:
     figure, axes = plt.subplots(1, len(found), figsize=(5.5 * len(found), 4.5), layout="constrained", squeeze=False)
     for axis, (method, rates) in zip(axes[0], found.items(), strict=True):
         for rate, runs in sorted(rates.items()):
-            steps = np.array(runs[0].curves["step"], dtype=float)
-            excess = np.mean([np.interp(steps, *_floats(run.curves, "step", "excess")) for run in runs], axis=0)
+            steps = _floats(runs[0], "step")
+            excess = np.mean([np.interp(steps, _floats(run, "step"), _floats(run, "excess")) for run in runs], axis=0)
             weight = np.convolve(np.ones_like(excess), np.ones(9), "same")
             axis.loglog(
                 rate * steps, np.convolve(excess, np.ones(9), "same") / weight, label=f"{rate:g}", linewidth=1.2
@@ -276,5 +278,5 @@ def plot_rates(results: Sequence[Result], path: Path) -> bool:
     return True
 
 
-def _floats(curves: Mapping[str, list[float | None]], *names: str) -> list[np.ndarray]:
-    return [np.array(curves[name], dtype=float) for name in names]
+def _floats(result: Result, curve: str) -> np.ndarray:
+    return np.array(result.curves[curve], dtype=float)

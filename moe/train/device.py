@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import resource
 import signal
 import time
@@ -36,9 +37,10 @@ def keep_freed_memory() -> bool:
     """Let glibc's malloc keep what is freed, for the next step to use. By default it gives the end of its heap back to the
     system, which clears every page that it hands out again: 50 to 90 MiB a step at 10 M parameters, 5 to 15 % of its time.
     False, and nothing is done: with another C library, or where MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ is set."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
+    decided = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys()
+    if decided or platform.libc_ver()[0] != "glibc":
         return False
+    mallopt = ctypes.CDLL(None).mallopt
     # Larger tensors than 32 MiB, the highest limit there is, have pages of their own all the same.
     return bool(mallopt(_M_MMAP_THRESHOLD, 32 << 20) and mallopt(_M_TRIM_THRESHOLD, -1))  # -1: never
 

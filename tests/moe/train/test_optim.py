@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import platform
 import subprocess
 import sys
 import time
@@ -13,6 +13,7 @@ import torch
 
 from moe.config import OptimSection
 from moe.model.transformer import Transformer
+from moe.train import device
 from moe.train.device import Clock, StopSignal
 from moe.train.loop import Run, run_steps
 from moe.train.optim import build_optimizer, learning_rate
@@ -120,7 +121,7 @@ print(before, done, faults())
 
 
 def test_freed_memory_is_kept_for_the_next_step(monkeypatch):
-    if os.confstr("CS_GNU_LIBC_VERSION") is None:
+    if platform.libc_ver()[0] != "glibc":
         pytest.skip("another C library than glibc")
     for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
         monkeypatch.delenv(name, raising=False)
@@ -134,3 +135,20 @@ def test_freed_memory_is_kept_for_the_next_step(monkeypatch):
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "100000")  # whoever sets it decides
     _, done, after = run()
     assert done == "False" and int(after) > 5_000
+
+
+def test_neither_the_end_of_the_heap_nor_large_blocks_go_back(monkeypatch):
+    asked = []
+
+    class Library:
+        def mallopt(self, name, value):
+            return asked.append((name, value)) or 1
+
+    monkeypatch.setattr(device.ctypes, "CDLL", lambda _: Library())
+    monkeypatch.setattr(device.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+    assert device.keep_freed_memory()
+    assert asked == [(-3, 2**25), (-1, -1)]  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
+    monkeypatch.setattr(device.platform, "libc_ver", lambda: ("", ""))
+    assert not device.keep_freed_memory() and len(asked) == 2
