@@ -6,6 +6,9 @@ alf-moe compare report runs/compare --reference none
 
 A method is a file of the folder `methods` beside the first --config file, or a TOML file. --sweep METHOD:SETTING=V1,V2 runs a
 method once for each value. Other `--section.setting value` are overrides of every run.
+
+report prints the table and writes into the folder: table.md, results.json (with every run's curves), pareto.png (late excess MaxVio
+against the difference in loss) and, where a rule ran with several rates, rates.png (excess MaxVio against rate x steps).
 """
 
 from __future__ import annotations
@@ -341,8 +344,7 @@ def status_command(argv: list[str]) -> int:
 
 
 def report_command(argv: list[str]) -> int:
-    """alf-moe compare report: table.md, results.json, pareto.png and, of swept rates, rates.png in the folder; the table on the
-    terminal. Exit code 2 when the runs may not be compared."""
+    """alf-moe compare report. Exit code 2, and no picture, when the runs may not be compared."""
     from moe.observe import paired
 
     reference = {"help": "method that the others are compared with; default: the first"}

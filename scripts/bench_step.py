@@ -4,7 +4,8 @@
 
 Needs transformers >= 5.23. The model has 10 M parameters and is DeepSeek-V3-like without MLA, so that Glm4MoeForCausalLM is the
 same function: sigmoid router with a selection bias, a shared expert, a dense first layer. Losses and gradients are compared
-before anything is timed. Arms take turns on the same batch; a step is forward, backward, clipping and fused AdamW.
+before anything is timed. Arms take turns on the same batch; a step is forward, backward, clipping and fused AdamW. All arms are
+in one process, which keeps freed memory as training does.
 
 - ours: the engine of training, with the default balancing rule and its statistics; and with every block compiled;
 - transformers with its `eager` and `grouped_mm` experts; in bfloat16 with autocast over float32 weights, as ours keeps them, and$

@@ -202,7 +202,7 @@ def markdown(table: Sequence[Row], reference: str, margin: float, refused: Seque
     return "\n".join(lines)
 
 
-def plot(table: Sequence[Row], reference: str, path: Path, methods: Mapping[str, str] | None = None) -> None:
+def plot(table: Sequence[Row], reference: str, path: Path, methods: Mapping[str, str]) -> None:
     """Pareto plot: late excess MaxVio (log) against Δ cross-entropy with its interval. methods: of each arm; settings of one
     method have one colour and a line. Raises ModuleNotFoundError without matplotlib (extra `plots`)."""
     import matplotlib
@@ -212,21 +212,20 @@ def plot(table: Sequence[Row], reference: str, path: Path, methods: Mapping[str,
 
     figure, ax = plt.subplots(figsize=(8, 5.5), layout="constrained")
     floor = 1e-3  # what lies at the sampling floor has no logarithm
-    of = methods or {row.arm: row.arm for row in table}
-    for index, method in enumerate(dict.fromkeys(of[row.arm] for row in table)):
-        rows = sorted((row for row in table if of[row.arm] == method), key=lambda row: row.excess_late)
-        x = [max(row.excess_late, floor) for row in rows]
-        y = [0.0 if row.delta is None else row.delta.mean for row in rows]
-        low_high = [(0.0, 0.0) if d is None else (d.mean - d.low, d.high - d.mean) for d in (row.delta for row in rows)]
+    for index, method in enumerate(dict.fromkeys(methods[row.arm] for row in table)):
+        arms = sorted((row for row in table if methods[row.arm] == method), key=lambda row: row.excess_late)
+        x = [max(row.excess_late, floor) for row in arms]
+        y = [0.0 if row.delta is None else row.delta.mean for row in arms]
+        low_high = [(0.0, 0.0) if d is None else (d.mean - d.low, d.high - d.mean) for d in (row.delta for row in arms)]
         error = np.nan_to_num(np.array(low_high).T)  # no interval with one seed
-        style = {"color": f"C{index % 10}", "marker": "osD^vPX*"[index % 8], "linewidth": 0.8, "capsize": 3}
+        color = f"C{index % 10}"
+        style = {"color": color, "marker": "osD^vPX*"[index % 8], "linewidth": 0.8, "capsize": 3}
         ax.errorbar(x, y, yerr=error if error.any() else None, label=method, **style)
-        for row, right, up in zip(rows, x, y, strict=True):
-            if len(rows) > 1:
+        if len(arms) > 1:
+            for row, right, up in zip(arms, x, y, strict=True):
                 setting = row.arm.removeprefix(f"{method}_").partition("=")[2] or row.arm
-                ax.annotate(
-                    setting, (right, up), textcoords="offset points", xytext=(6, 5), fontsize=8, color=f"C{index % 10}"
-                )
+                place = {"textcoords": "offset points", "xytext": (6, 5)}
+                ax.annotate(setting, (right, up), fontsize=8, color=color, **place)
     ax.axhline(0, color="grey", linewidth=0.8)
     ax.set(
         xscale="log",
@@ -266,10 +265,8 @@ def plot_rates(results: Sequence[Result], path: Path) -> bool:
         for rate, runs in sorted(rates.items()):
             steps = _floats(runs[0], "step")
             excess = np.mean([np.interp(steps, _floats(run, "step"), _floats(run, "excess")) for run in runs], axis=0)
-            weight = np.convolve(np.ones_like(excess), np.ones(9), "same")
-            axis.loglog(
-                rate * steps, np.convolve(excess, np.ones(9), "same") / weight, label=f"{rate:g}", linewidth=1.2
-            )
+            sums, numbers = (np.convolve(values, np.ones(9), "same") for values in (excess, np.ones_like(excess)))
+            axis.loglog(rate * steps, sums / numbers, label=f"{rate:g}", linewidth=1.2)
         axis.set(title=method, xlabel="rate x steps", ylabel="excess MaxVio of a batch, mean layer")
         _plain_numbers(axis.yaxis)
         axis.legend(title="balance.rate")

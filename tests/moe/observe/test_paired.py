@@ -105,7 +105,7 @@ def test_rows_pair_by_seed_and_take_the_worst(tmp_path):
     assert sign.excess_late_worst == pytest.approx(0.6)
     text = markdown([none, sign], "none", 0.05, [])
     assert "| sign | 3 |" in text and "+0.1500 [" in text
-    plot([none, sign], "none", tmp_path / "p.png")
+    plot([none, sign], "none", tmp_path / "p.png", {"none": "none", "sign": "sign"})
     assert (tmp_path / "p.png").stat().st_size > 5_000
 
 
