@@ -266,7 +266,9 @@ def _solve_layer(scores_TE: Tensor, top_k: int, tol: float, start_E: Tensor | No
         if solved.value < point.value or pool == tokens:
             point = solved
         gap = max(0.0, point.value - lower)
-        if pool == tokens or gap <= tol * max(1.0, abs(point.value)):
+        exact = gap <= tol * max(1.0, abs(point.value))
+        # With all tokens, again from there: what a bad start was worth is no measure of how exact to be.
+        if exact or (pool == tokens and not gap < last_gap / 4):
             value, steps_taken = point.value, torch.tensor(iterations, device=bias_E.device)
             return DualSolution(point.bias_E, bias_E.new_tensor(value), bias_E.new_tensor(gap), steps_taken)
         # From the better bias fewer tokens are in doubt: the same number of them may do now.

@@ -326,7 +326,8 @@ def test_a_good_start_saves_work_and_no_start_changes_the_optimum(monkeypatch):
     monkeypatch.setattr(dual, "_solve_pool", lambda *a: sizes.append(a[3]) or solve(*a))
     near = solve_dual(scores, 3, start=solve_dual(first, 3).bias)
     assert sizes[0] == 2048 and sizes[-1] < 1024  # `first` has no start: all its tokens take part
-    starts = [cold.bias + 7.0, torch.zeros(16), 100 * torch.rand(16), torch.full((16,), torch.nan)]
+    far = torch.arange(16.0)  # the further, the higher G is there, and the looser a gap relative to that
+    starts = [cold.bias + 7.0, torch.zeros(16), 10 * far, 1e3 * far, 1e5 * far, torch.full((16,), torch.nan)]
     for solution in (near, *(solve_dual(scores, 3, start=start) for start in starts)):
         assert float(solution.value) == pytest.approx(float(cold.value), abs=1e-6 * abs(float(cold.value)))
         assert float(solution.gap) <= 1e-6 * abs(float(cold.value)) and abs(float(solution.bias.sum())) < 1e-9

@@ -130,11 +130,12 @@ def test_freed_memory_is_kept_for_the_next_step(monkeypatch):
         done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
         return done.stdout.split()
 
-    before, done, after = run()
-    assert int(before) > 5_000 and done == "True" and int(after) < 100  # 48 MiB are 12,288 pages
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "100000")  # whoever sets it decides
+    # What malloc keeps by itself depends on where in its heap the tensors come to lie.
     _, done, after = run()
-    assert done == "False" and int(after) > 5_000
+    assert done == "True" and int(after) < 100
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # whoever sets it decides: every tensor has pages of its own
+    before, done, after = run()
+    assert done == "False" and min(int(before), int(after)) > 5_000  # 48 MiB are 12,288 pages
 
 
 def test_neither_the_end_of_the_heap_nor_large_blocks_go_back(monkeypatch):
