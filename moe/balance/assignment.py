@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.router_topk import topk_lowest_index
+from moe.balance.dual import all_finite
 
 
 class Method(NamedTuple):
@@ -81,7 +82,7 @@ def base_route(scores_TE: Tensor, eps: float = 1e-3) -> Tensor:
     """
     if not eps > 0:
         raise ValueError(f"eps = {eps} is not positive: choose a small difference of scores, such as 1e-3")
-    if not bool(scores_TE.isfinite().all()):
+    if not all_finite(scores_TE):
         raise ValueError("scores hold NaN or infinity: base_route needs finite scores")
     tokens, num_experts = scores_TE.shape
     if num_experts == 1 or tokens == 0:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from moe.balance.dual import (
+    all_finite,
     boundary_curvature,
     dual_value,
     regret_bound_constant,
@@ -167,7 +168,7 @@ class RegretMeter:
     def observe(self, scores_LTE: Tensor, bias_LE: Tensor, ranks: Ranks) -> None:
         """Take a probe in: a collective. scores_LTE float32: of all ranks' probed tokens, the same on every rank, before the
         step. bias_LE: the bias that will route them."""
-        if not bool(scores_LTE.isfinite().all()):
+        if not all_finite(scores_LTE):
             return  # the step that these tokens belong to will be skipped; the scores are the same on all ranks
         s, layers, probe = self.state, len(self.layers), int(self.state["probes"])
         self._keep(scores_LTE.cpu(), bias_LE.cpu())

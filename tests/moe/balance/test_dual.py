@@ -15,6 +15,7 @@ from scipy.optimize import linprog
 
 from moe.balance import dual
 from moe.balance.dual import (
+    all_finite,
     boundary_counts,
     boundary_curvature,
     curvature_diagonal,
@@ -331,6 +332,29 @@ def test_a_good_start_saves_work_and_no_start_changes_the_optimum(monkeypatch):
     for solution in (near, *(solve_dual(scores, 3, start=start) for start in starts)):
         assert float(solution.value) == pytest.approx(float(cold.value), abs=1e-6 * abs(float(cold.value)))
         assert float(solution.gap) <= 1e-6 * abs(float(cold.value)) and abs(float(solution.bias.sum())) < 1e-9
+
+
+def test_some_tokens_that_found_nothing_better_are_not_solved_again(monkeypatch):
+    scores, sizes = skewed(4096, 16), []
+    start = solve_dual(scores, 3).bias
+    solve = dual._solve_pool
+
+    def none_at_first(scores_TE, point, top_k, pool, tol):
+        sizes.append(pool)
+        return (point.bias_E, 0.0, 1) if len(sizes) == 1 else solve(scores_TE, point, top_k, pool, tol)
+
+    monkeypatch.setattr(dual, "_solve_pool", none_at_first)
+    found = solve_dual(scores, 3, start=start)
+    assert sizes == [sizes[0], 4 * sizes[0]] and float(found.gap) <= 1e-6 * float(found.value)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 5, 23])
+def test_all_finite_is_isfinite_of_all(bad, place):
+    values = torch.linspace(-1, 1, 24).view(2, 3, 4)
+    assert all_finite(values) and all_finite(values[:0])
+    values.view(-1)[place] = bad
+    assert not all_finite(values) and not all_finite(values.double())
 
 
 def test_a_bad_start_of_many_tokens_falls_back_on_a_sample(monkeypatch):
