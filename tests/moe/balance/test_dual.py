@@ -357,6 +357,41 @@ def test_all_finite_is_isfinite_of_all(bad, place):
     assert not all_finite(values) and not all_finite(values.double())
 
 
+def test_a_point_near_the_optimum_saves_steps_and_one_that_is_not_is_no_start(monkeypatch):
+    scores = skewed(512, 16).double()
+    bias = solve_dual(scores, 3, tol=1e-9).bias
+    load = torch.full((16,), 512 * 3 / 16, dtype=torch.float64)
+    limit = 1e-6 * float((scores + bias).abs().sum())
+    start = dual._near_start(scores + bias, load, 3, limit)
+    assert start is not None
+    x, u, z, w = start
+    assert ((x + u - 1).abs().max() < 1e-12) and float(torch.stack([x, u, z, w]).min()) > 0
+    slack = z - w + scores + bias  # t, one a row: dual feasible
+    torch.testing.assert_close(slack, slack[:, :1].expand_as(slack), rtol=0, atol=1e-12)
+    torch.testing.assert_close(x * z, u * w)
+    near = dual._interior_point(scores + bias, load, 3, limit)
+    assert dual._near_start(scores, load, 3, limit) is None
+    monkeypatch.setattr(dual, "_near_start", lambda *a: None)
+    far = dual._interior_point(scores + bias, load, 3, limit)
+    assert near.steps <= 0.7 * far.steps
+    for found in (near, far):
+        assert dual._loss_of_sums(scores, found.x_PE, load, 3) <= limit
+        assert float((found.x_PE * scores).sum()) == pytest.approx(float(solve_dual(scores, 3).value), rel=1e-5)
+
+
+def test_a_gap_is_not_enough_while_the_sums_are_off():
+    # All but indifferent to four experts: the gap of a near start is 1e-4 at once, but its loads are two tokens off.
+    scores = torch.zeros(64, 5, dtype=torch.float64)
+    scores[torch.arange(64), torch.arange(64) % 4] = 1e-6
+    scores[:, 4] = -1
+    load = torch.tensor([17.0, 15.0, 15.9, 15.9, 0.2], dtype=torch.float64)
+    start = dual._near_start(scores, load, 1, 1e-3)
+    assert start is not None
+    x, u, z, w = start
+    assert float((x * z + u * w).sum()) < 1e-3 < dual._loss_of_sums(scores, x, load, 1)
+    assert dual._loss_of_sums(scores, dual._interior_point(scores, load, 1, 1e-3).x_PE, load, 1) <= 1e-3
+
+
 def test_a_bad_start_of_many_tokens_falls_back_on_a_sample(monkeypatch):
     monkeypatch.setattr(dual, "_POOL", 256)
     scores, samples = skewed(8192, 16), []
