@@ -1,3 +1,5 @@
+"""What every test of this project has."""
+
 import pytest
 import torch
 
