@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 
 import pytest
 
@@ -45,12 +44,7 @@ def offline(tmp_path_factory):
         settings |= {"balance__method": "proportional", "balance__rate": 0.1, "train__steps": 3, "evaluate__every": 2}
         run = folder / str(experts)
         assert train(tiny_config(1, data__path=data, **settings), ALONE, run, False).code == 0
-        until = time.monotonic() + 10  # now and then the last rows reach the file just after finish() has returned
-        while time.monotonic() < until:
-            rows = [row for path in run.glob("wandb/offline-run-*/*.wandb") for row in wandb_rows(path)]
-            if sum("val/ce" in row for row in rows) == 2:
-                break
-            time.sleep(0.05)
+        rows = wandb_rows(run, lambda rows: sum("val/ce" in row for row in rows) == 2)
         found[experts] = rows, read_metrics(run / "metrics.jsonl")
     return found
 

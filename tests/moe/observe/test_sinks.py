@@ -5,6 +5,7 @@ import math
 import struct
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -64,18 +65,24 @@ def quiet(**settings):
     return tiny_config(**({"observe__wandb": "off"} | settings))
 
 
-def wandb_rows(path):
-    """History of a .wandb file: LevelDB log framing (32 KiB blocks, 7-byte headers) around protobuf records."""
+def wandb_history(data):
+    """Rows of a .wandb file's bytes: LevelDB log framing (32 KiB blocks, 7-byte headers) around protobuf records.
+
+    A file that is still being written may end anywhere: what is whole is read, and what is not is left for later.
+    """
     from wandb.proto import wandb_internal_pb2 as pb
 
-    data, offset, whole, rows = path.read_bytes(), 7, b"", []
-    assert data[:4] == b":W&B"
+    offset, whole, rows = 7, b"", []
     while offset + 7 <= len(data):
         if 32768 - offset % 32768 < 7:
             offset += 32768 - offset % 32768
             continue
-        _, length, kind = struct.unpack("<IHB", data[offset : offset + 7])
-        whole += data[offset + 7 : offset + 7 + length]
+        check, length, kind = struct.unpack("<IHB", data[offset : offset + 7])
+        part = data[offset + 7 : offset + 7 + length]
+        if len(part) < length:
+            break
+        assert check == zlib.crc32(bytes([kind]) + part), f"{offset} is not the start of a part"
+        whole += part
         offset += 7 + length
         if kind in (1, 4):  # a full record, or its last part
             record = pb.Record()
@@ -85,6 +92,18 @@ def wandb_rows(path):
                 items = record.history.item
                 rows.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
     return rows
+
+
+def wandb_rows(run, enough):
+    """History of the offline runs in a run folder. Now and then W&B's own process writes the last rows just after
+    finish() has returned: it is waited for until enough(rows), a minute at most."""
+    until = time.monotonic() + 60
+    while True:
+        files = sorted(run.glob("wandb/offline-run-*/*.wandb"))
+        rows = [row for path in files for row in wandb_history(path.read_bytes())]
+        if enough(rows) or time.monotonic() > until:
+            return rows
+        time.sleep(0.05)
 
 
 # -- metrics.jsonl ---------------------------------------------------------------------------------------------------
@@ -192,14 +211,16 @@ def test_offline_run_has_every_key_and_a_resumed_one_the_same_id_with_no_row_los
 
     files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert {path.stem for path in files} == {f"run-{first.wandb_id}"}
-    until = time.monotonic() + 5  # now and then the last rows reach the file just after finish() has returned
-    while len(rows := [r for path in files for r in wandb_rows(path)]) < 4 and time.monotonic() < until:
-        time.sleep(0.05)
+    rows = wandb_rows(tmp_path, lambda rows: len(rows) >= 4)
     assert [r["train/step"] for r in rows] == [1, 2, 3, 3]
     for logged, sent in zip(rows, (row(1), row(2), row(3), row(3, **{"loss/ce": 3.0})), strict=True):
         assert {k: v for k, v in logged.items() if not k.startswith("_")} == {
             k: v for k, v in sent.items() if is_shown(k)
         }
+    whole = files[0].read_bytes()
+    for end in range(7, len(whole), 101):  # as found while W&B still writes
+        read = wandb_history(whole[:end])
+        assert read == rows[: len(read)]
 
 
 class FakeRun:
