@@ -162,9 +162,9 @@ def count_bins(bin_TE: Tensor, bins: int, mask_T: Tensor | None) -> Tensor:
     flat = bin_TE.add_(bins * torch.arange(experts, dtype=torch.int32, device=bin_TE.device))
     if mask_T is not None:
         flat.masked_fill_(~mask_T[:, None], experts * bins)
-    if flat.device.type == "cpu":
+    if flat.device.type == "cpu" and not torch.compiler.is_compiling():
         counts = torch.bincount(flat.reshape(-1), minlength=experts * bins + 1)
-    else:  # bincount waits for the device
+    else:  # bincount waits for the device, and breaks a graph: its size depends on the data
         counts = torch.zeros(experts * bins + 1, dtype=torch.int64, device=flat.device)
         counts.scatter_add_(0, flat.reshape(-1).long(), counts.new_ones(1).expand(flat.numel()))
     return counts[: experts * bins].view(experts, bins)
