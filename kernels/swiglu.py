@@ -26,9 +26,16 @@ def swiglu_forward(gu_R2F: Tensor) -> Tensor:
 
 
 def swiglu_backward(grad_RF: Tensor, gate_RF: Tensor, up_RF: Tensor, silu_RF: Tensor) -> Tensor:
-    """grad gu_R2F; silu_RF of the gate."""
-    grad_gate_RF = torch.ops.aten.silu_backward(grad_RF * up_RF, gate_RF)
-    return torch.cat([grad_gate_RF, grad_RF * silu_RF], dim=-1)
+    """grad gu_R2F; silu_RF of the gate. Both halves are written where they stay; torch.compile sees to that by itself."""
+    if torch.compiler.is_compiling():
+        grad_gate_RF = torch.ops.aten.silu_backward(grad_RF * up_RF, gate_RF)
+        return torch.cat([grad_gate_RF, grad_RF * silu_RF], dim=-1)
+    grad_gu_R2F = grad_RF.new_empty(*grad_RF.shape[:-1], 2 * grad_RF.shape[-1])
+    grad_gate_RF, grad_up_RF = grad_gu_R2F.chunk(2, dim=-1)
+    slope_RF = torch.mul(grad_RF, up_RF, out=grad_up_RF)  # its place is free until the last line
+    torch.ops.aten.silu_backward.grad_input(slope_RF, gate_RF, grad_input=grad_gate_RF)
+    torch.mul(grad_RF, silu_RF, out=grad_up_RF)
+    return grad_gu_R2F
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -193,12 +193,16 @@ class Bare:
             x, w = leaf(rows * TOP_K, inner), leaf(EXPERTS, outer, inner)
             return lambda: grouped_gemm(x, w, tokens_E), (x, w)
 
-        q, k, v = (leaf(BATCH, HEADS, SEQ, DIM // HEADS) for _ in range(3))
-        attention = (lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)), (q, k, v)
-        sparse, targets = LAYERS - 1, tokens().targets_BS.reshape(-1)
-        self.operations = [product(DIM, DIM)] * (4 * LAYERS) + [attention] * LAYERS
-        self.operations += [grouped(DIM, 2 * HIDDEN), grouped(HIDDEN, DIM)] * sparse
-        self.operations += [product(DIM, 2 * HIDDEN), product(HIDDEN, DIM)] * sparse
+        def attention() -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
+            q, k, v = (leaf(BATCH, HEADS, SEQ, DIM // HEADS) for _ in range(3))
+            return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v)
+
+        # Every layer has tensors of its own, as in a step: the next layer does not find the last one's in the cache.
+        targets = tokens().targets_BS.reshape(-1)
+        self.operations = [product(DIM, DIM) for _ in range(4 * LAYERS)] + [attention() for _ in range(LAYERS)]
+        for _ in range(LAYERS - 1):
+            self.operations += [grouped(DIM, 2 * HIDDEN), grouped(HIDDEN, DIM)]
+            self.operations += [product(DIM, 2 * HIDDEN), product(HIDDEN, DIM)]
         self.operations += [product(DIM, 2 * DENSE), product(DENSE, DIM)]
         h, w = leaf(rows, DIM), torch.randn(VOCAB, DIM).mul_(0.02).requires_grad_()
         chunk = our_config(dtype).train.loss_chunk

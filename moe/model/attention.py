@@ -73,8 +73,11 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x_BSHd: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    x = x_BSHd.float()
-    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin, value=sign).to(x_BSHd.dtype)
+    x, half = x_BSHd.float(), x_BSHd.shape[-1] // 2
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=sign)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
+    return out.to(x_BSHd.dtype)
 
 
 def rotate(x_BSHd: Tensor, where: Positions) -> Tensor:

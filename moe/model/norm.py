@@ -27,7 +27,7 @@ class _RMSNorm(torch.autograd.Function):
 
         grad weight = sum over rows of r g x        grad x = r g weight - x r^3 / D sum over D of g weight x
 
-    with one product g x for both sums, and x and r kept."""
+    and x and r kept."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -41,8 +41,10 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x_TD, weight, r_T1 = ctx.saved_tensors
         wide_TD, grad_TD = x_TD.float(), grad.reshape(x_TD.shape).float()
-        product_TD = grad_TD * wide_TD
-        grad_weight = torch.mv(product_TD.T, r_T1[:, 0])
-        share_T1 = torch.mv(product_TD, weight.float())[:, None].mul_(r_T1**3).div_(x_TD.shape[1])
-        grad_x_TD = torch.mul(grad_TD, weight, out=product_TD).mul_(r_T1).addcmul_(wide_TD, share_T1, value=-1)
+        # torch has one pass for this in LayerNorm, which is RMSNorm where the mean is 0, but for a last term: it takes the mean
+        # of grad * weight off every row.
+        grad_x_TD, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad_TD, wide_TD, weight.shape, torch.zeros_like(r_T1), r_T1, weight.float(), None, [True, True, False]
+        )
+        grad_x_TD.add_(torch.mv(grad_TD, weight.float())[:, None].mul_(r_T1).div_(x_TD.shape[1]))
         return grad_x_TD.to(x_TD.dtype).view(grad.shape), grad_weight.to(weight.dtype), None

@@ -352,7 +352,9 @@ def test_a_compiled_block_is_one_graph_and_the_same_function(method, attention, 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for block in compiled.blocks:
-        block.compile(backend="aot_eager")  # as the engine does; fullgraph=True would let operations pass that break here
+        block.compile(
+            backend="aot_eager"
+        )  # as the engine does; fullgraph=True would let operations pass that break here
     out, again = loss_and_grads(compiled)
     assert not torch._dynamo.utils.counters["graph_break"]
     # A compiled norm sums its squares in another order: bits apart in float32, rounded away in bfloat16.
