@@ -363,9 +363,11 @@ def offloaded(rank: int, n: int, stages: list[int]) -> list[tuple]:
 
 @needs_deepspeed
 def test_an_optimizer_on_the_host_trains_the_same():
-    """To the bit in stage 1; in stage 3 the norm is summed in another order."""
+    """To the bit in stage 1; in stage 3 the norm is summed in another order, by which gradients are clipped: from the second
+    step on weights and loss may be a rounding apart."""
     for one, three in run_ranks(offloaded, 2, [1, 3], timeout_s=300):
         assert one[0][0] == one[1][0] and same(one[0][1], one[1][1])
+        assert three[0][0][0][0] == three[1][0][0][0]
         for (loss, norm, bias), (other_loss, other_norm, other_bias) in zip(three[0][0], three[1][0], strict=True):
-            assert loss == other_loss and norm == pytest.approx(other_norm, rel=1e-6) and bias == other_bias
+            assert (loss, norm) == pytest.approx((other_loss, other_norm), rel=1e-6) and bias == other_bias
         assert all(close(value, three[0][1][key], 1e-5) for key, value in three[1][1].items())
