@@ -72,6 +72,7 @@ def wandb_history(data):
     """
     from wandb.proto import wandb_internal_pb2 as pb
 
+    assert data[:4] == b":W&B"
     offset, whole, rows = 7, b"", []
     while offset + 7 <= len(data):
         if 32768 - offset % 32768 < 7:
